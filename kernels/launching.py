@@ -1,0 +1,251 @@
+"""The host's side of the Triton kernels: operands as tiles, masks as arguments, and cheap launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from s2o_inductor.kernels import primitives as p
+from s2o_inductor.kernels.operands import aligned
+
+# Integers of a kernel on whose value Triton must not specialise: every new one would compile again.
+UNSPECIALIZED = ["queries", "keys", "lower", "upper", "heads", "group", "section", "splits", "limit", "tiles_heads"]
+# What heads that run side by side read should stay in the L2 cache of a data-centre GPU.
+_CACHED_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TileMask:
+    """A mask as the kernels take it.
+
+    Attributes:
+        lower, upper: ``lower <= k - q <= upper``; None sets no limit.
+        query_terms, key_terms, row_tiles, key_tiles: what `s2o::attention_mask` returns, contiguous, or
+            None when the band says everything.
+        equal, at_most: whether rows 0 and 1 of the terms hide anything.
+        dense: boolean (True is visible) or additive, broadcastable to (B, Hq, Sq, Sk), or None.
+    """
+
+    lower: int | None = None
+    upper: int | None = None
+    query_terms: Tensor | None = None
+    key_terms: Tensor | None = None
+    row_tiles: Tensor | None = None
+    key_tiles: Tensor | None = None
+    equal: bool = True
+    at_most: bool = True
+    dense: Tensor | None = None
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether the dense mask adds to the scores."""
+        return self.dense is not None and self.dense.dtype != torch.bool
+
+    def arguments(
+        self, queries: int, keys: int, tiles: Tensor | None, block: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """What a kernel is told about the mask.
+
+        Args:
+            queries: Sq.
+            keys: Sk.
+            tiles: the table that the kernel walks, `row_tiles` or `key_tiles`.
+            block: queries and keys of the tiles in which it reads a dense mask; None if it does so
+                through pointers.
+        """
+        # Limits beyond the matrix say nothing more than its edges do; clamped, they fit an int32.
+        lower = None if self.lower is None else min(max(self.lower, -queries), keys)
+        upper = None if self.upper is None else max(min(self.upper, keys), -queries)
+        terms = 0
+        if lower is not None:
+            terms |= p.LOWER.value
+        if upper is not None:
+            terms |= p.UPPER.value
+        if self.query_terms is not None:
+            terms |= p.EQUAL.value * self.equal | p.AT_MOST.value * self.at_most
+        if tiles is not None:
+            terms |= p.TILES.value
+        dense: Tensor | TensorDescriptor | None = None
+        steps: tuple[int, ...] = (0, 0, 0)
+        if self.dense is not None:
+            terms |= p.ADDITIVE.value if self.is_additive else p.BOOLEAN.value
+            if block is None:
+                terms |= p.POINTERS.value
+                dense = self.dense
+                steps = tuple(s * (n > 1) for n, s in zip(dense.shape, dense.stride(), strict=True))
+            else:
+                terms |= p.ONE_ROW.value * (self.dense.shape[2] == 1)
+                dense, steps = _dense_tiles(self.dense, keys, block)
+        return {
+            "query_terms_ptr": self.query_terms,
+            "key_terms_ptr": self.key_terms,
+            "tiles_ptr": tiles,
+            "tiles_heads": 1 if tiles is None else tiles.shape[1],
+            "dense": dense,
+            "steps": steps,
+            "lower": lower or 0,
+            "upper": upper or 0,
+            "TERMS": terms,
+        }
+
+
+def _dense_tiles(mask: Tensor, keys: int, block: tuple[int, int]) -> tuple[TensorDescriptor, tuple[int, ...]]:
+    """A dense mask in tiles of `block`, and by how much a step in batch, head and query moves in it (0 or 1)."""
+    x = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    if x.dtype == torch.float64:
+        x = x.float()
+    rows = block[0] if x.shape[2] > 1 else 1
+    x = aligned(x.expand(*x.shape[:3], keys))
+    steps = tuple(int(n > 1) for n in x.shape[:3])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block[1]]), steps
+
+
+def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """x (B, H, S, D), `aligned`, in tiles of `rows` rows of one head, padded with zeros to `block_width` columns.
+
+    On Hopper and later such tiles are fetched by the bulk copy engine, elsewhere by ordinary loads.
+    """
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_width(x.shape[3])])
+
+
+def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """x (B * H, S), contiguous, in pieces of `rows` of its numbers; S is a multiple of `rows`."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows])
+
+
+@functools.lru_cache(maxsize=1024)
+def block_width(width: int) -> int:
+    """Columns of a tile that holds `width`: a power of two that a matrix instruction takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def heads_last(like: Tensor, heads: int, length: int, width: int) -> Tensor:
+    """An empty (B, heads, length, width) in memory of (B, length, heads, width)."""
+    return torch.empty((like.shape[0], length, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def section_heads(length: int, row_bytes: int) -> int:
+    """How many heads to run side by side so that the rows they share stay in the L2 cache."""
+    return max(1, _CACHED_BYTES // (length * row_bytes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One way to run a kernel: tile of query rows, tile of keys, warps, software-pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Measured on an H200; elsewhere the first that fits runs.
+def forward_configs(dtype: torch.dtype, width: int, dense: bool = False) -> list[Config]:
+    """Ways to run the forward kernel, fastest first; one that needs too much shared memory is passed over.
+
+    Args:
+        dtype: of q, k and v.
+        width: the larger of the head sizes D and Dv.
+        dense: whether a dense mask takes shared memory, too.
+    """
+    # Exact products: with three of tf32 instead, 5 of 15 random float32 cases missed the error bound.
+    if dtype == torch.float32:
+        return [Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+    if width <= 128:  # two programs share a multiprocessor, and its memory
+        return [Config(64, 64, 4, 2 if dense else 3), Config(64, 64, 4, 2), Config(64, 32, 4, 1)]
+    if width <= 256:
+        return [Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)]
+    return [Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)]
+
+
+def key_value_configs(dtype: torch.dtype, width: int) -> list[Config]:
+    """Ways to run the dk and dv kernel, fastest first; see `forward_configs`."""
+    if dtype == torch.float32:
+        return [Config(32, 32, 8, 1), Config(16, 16, 4, 1)]
+    if width <= 64:
+        return [Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 1)]
+    if width <= 128:
+        return [Config(64, 64, 4, 2), Config(32, 64, 4, 1), Config(32, 32, 4, 1)]
+    if width <= 256:
+        return [Config(64, 64, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 4, 1)]
+    return [Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 4, 1)]
+
+
+def query_configs(dtype: torch.dtype, width: int) -> list[Config]:
+    """Ways to run the dq kernel, fastest first; see `forward_configs`."""
+    if dtype == torch.float32:
+        return [Config(32, 32, 8, 1), Config(16, 16, 4, 1)]
+    if width <= 64:
+        return [Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 1)]
+    if width <= 128:
+        return [Config(64, 64, 4, 2), Config(64, 32, 4, 1), Config(32, 32, 4, 1)]
+    if width <= 256:
+        return [Config(128, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 32, 4, 1)]
+    return [Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 4, 1)]
+
+
+# What was compiled for a kernel, a config and the kinds of its arguments; None where it needs too much memory.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any, configs: Sequence[Config], grid: Callable[[Config], int],
+    arguments: Callable[[Config], dict[str, Any]],
+) -> None:  # fmt: skip
+    """Runs the first configuration that the device has room for.
+
+    Triton takes 200 us to find the compiled kernel for so many arguments. Found once, it is called
+    directly for arguments of the same kinds, which takes a third of that.
+
+    Args:
+        kernel: jitted, with constexpr parameters BM and BN; integers it takes are all in `UNSPECIALIZED`.
+        configs: candidates in order of preference.
+        grid: number of programs.
+        arguments: the kernel's other arguments, by name.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: none fits.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    for config in configs:
+        named = arguments(config)
+        named["BM"], named["BN"] = config.rows, config.keys
+        values = [named[name] for name in kernel.arg_names]
+        key = (id(kernel), device, config, *map(_kind, kernel.arg_names, values))
+        compiled = _compiled.get(key, False)
+        if compiled is None and config is not configs[-1]:
+            continue
+        if compiled:
+            compiled[(grid(config), 1, 1)](*values)
+            return
+        try:
+            # The interpreter returns None here: it has nothing to keep.
+            compiled = kernel[(grid(config),)](*values, num_warps=config.warps, num_stages=config.stages)
+        except triton.runtime.errors.OutOfResources:
+            _compiled[key] = None
+            if config is configs[-1]:
+                raise
+            continue
+        if compiled is not None:
+            _compiled[key] = compiled
+        return
+
+
+def _kind(name: str, value: Any) -> Any:
+    """What Triton's choice of a compiled kernel may depend on in one argument, or more."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
+    if isinstance(value, tuple):
+        return tuple((x if x in (0, 1) else 2, x % 16 == 0, x < 1 << 31) for x in value)
+    if isinstance(value, float) or name in UNSPECIALIZED:
+        return None
+    return value

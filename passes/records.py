@@ -1,0 +1,97 @@
+"""What the passes hand one another: frozen records, no graph edits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from torch import fx
+
+from s2o_inductor.mask_spec import EmptyRows, MaskSpec
+
+# A view method with its arguments, for example ("transpose", (-1, -2)).
+Step = tuple[str, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A node of the graph and the view methods that bring it into the op's layout."""
+
+    node: fx.Node
+    steps: tuple[Step, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskOperand:
+    """One mask of a site, as the source applies it.
+
+    Attributes:
+        node: a tensor that broadcasts to (batch, query heads, Sq, Sk) after `steps`.
+        kind: "visible" (boolean, True is seen), "hidden" (boolean, True is not seen),
+            "additive" (a float added to the scaled scores).
+        steps: view methods that bring it into the broadcastable layout.
+    """
+
+    node: fx.Node
+    kind: str
+    steps: tuple[Step, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """softmax(scale * q @ k^T, masked) @ v, found in a graph in whatever spelling.
+
+    Operands, after their steps, are q (B, Hq, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv);
+    query head h uses key/value head h // (Hq / Hkv).
+
+    Attributes:
+        where: module path or source line of the site.
+        output: the node that the op replaces; the op is inserted in front of it.
+        region: every node that computes only this site, output included. Nothing outside reads
+            them, so they are dead once the output is replaced.
+        out_steps: view methods from the op's (B, Hq, Sq, Dv) to the output node's shape.
+        causal: the source asked for ``is_causal``: k <= q, aligned at the top left.
+        masks: applied together.
+        empty: what the source gives for a row that sees no key (see `MaskSpec.empty`).
+        sinks: per query head, one extra logit that takes part in the softmax and has no value.
+    """
+
+    where: str
+    output: fx.Node
+    region: tuple[fx.Node, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float
+    causal: bool = False
+    masks: tuple[MaskOperand, ...] = ()
+    empty: EmptyRows = "zero"
+    dropout: float = 0.0
+    sinks: fx.Node | None = None
+    out_steps: tuple[Step, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Declined:
+    """A candidate that stays as it is, with the reason in words a user understands."""
+
+    kind: str
+    where: str
+    reason: str
+    node: fx.Node | None = None
+
+
+class Recorder(Protocol):
+    """Where passes write down what they did; `s2o_inductor.report` implements it."""
+
+    def rewrote(self, site: AttentionSite, name: str, verified: str) -> None:
+        """A site became an op that carries `name`."""
+
+    def declined(self, refusal: Declined) -> None:
+        """A candidate stays as it is."""
+
+    def note_mask(self, name: str, spec: MaskSpec, reason: str | None) -> None:
+        """The mask of the op called `name` is now `spec`; `reason` says why a tensor remains."""
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Adds to the time of a stage."""

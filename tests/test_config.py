@@ -1,0 +1,214 @@
+"""Options: what is accepted, what is refused and how, and what reaches Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from s2o_inductor.config import PASSES, S2OConfig, split_options
+from s2o_inductor.errors import OptionError, S2OError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def matmul(x: torch.Tensor) -> torch.Tensor:
+    """Compiles without generated code: Inductor calls the library for it."""
+    return x @ x
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("veriffy", "verify"),
+        ("stric", "strict"),
+        ("s2o.iner", "s2o.inner"),
+        ("dumpdir", "dump_dir"),
+        ("max_autotun", "max_autotune"),
+        ("triton.cudagraph", "triton.cudagraphs"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_name(written: str, meant: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        split_options({written: True}, None)
+    assert repr(written) in str(caught.value)
+    assert f"Did you mean {meant!r}?" in str(caught.value)
+
+
+def test_an_option_like_nothing_else_is_refused_with_the_list_of_ours() -> None:
+    with pytest.raises(OptionError) as caught:
+        split_options({"zzzzqqqq": 1}, None)
+    assert "Did you mean" not in str(caught.value)
+    for field in dataclasses.fields(S2OConfig):
+        assert field.name in str(caught.value)
+
+
+def test_a_prefix_does_not_turn_an_option_of_inductor_into_ours() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 's2o\.max_autotune'"):
+        split_options({"s2o.max_autotune": True}, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"inner": "inductr"}, r"'inner' must be one of inductor, aot_eager, eager; got 'inductr'.*'inductor'"),
+        ({"inner": None}, r"'inner' must be one of .*; got None"),
+        ({"verify": "sometimes"}, r"'verify' must be one of first, always, off; got 'sometimes'"),
+        ({"verify": True}, r"'verify' must be one of .*; got True"),
+        ({"strict": 1}, r"'strict' must be True or False; got 1"),
+        ({"strict": "yes"}, r"'strict' must be True or False; got 'yes'"),
+        ({"disable": "attention"}, r"'disable' must be a list of strings; got 'attention'"),
+        ({"disable": ["atention"]}, r"'disable' must be one of .*; got 'atention'.*'attention'"),
+        ({"disable": 3}, r"'disable' must be a list of strings; got 3"),
+        ({"exclude": "layers.*"}, r"'exclude' must be a list of strings; got 'layers\.\*'"),
+        ({"exclude": [1]}, r"'exclude' must be a list of strings; got \[1\]"),
+        ({"exclude": None}, r"'exclude' must be a list of strings; got None"),
+        ({"dump_dir": 1}, r"'dump_dir' must be a folder's path; got 1"),
+        ({"max_autotune": "yes"}, r"'max_autotune' takes a bool; got str 'yes'"),
+        ({"max_autotune": 1}, r"'max_autotune' takes a bool; got int 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_was_given(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        split_options(options, None)
+
+
+def test_option_errors_are_value_errors_and_errors_of_this_package() -> None:
+    assert issubclass(OptionError, ValueError)
+    assert issubclass(OptionError, S2OError)
+
+
+def test_through_torch_compile_the_user_reads_the_same_message() -> None:
+    compiled = torch.compile(matmul, backend="s2o", options={"inner": "eager", "veriffy": "off"})
+    with pytest.raises(BackendCompilerFailed, match=r"OptionError: unknown option 'veriffy'\. Did you mean 'verify'\?"):
+        compiled(torch.ones(2, 2))
+
+
+def test_every_option_may_be_prefixed() -> None:
+    given = {
+        "inner": "eager",
+        "verify": "off",
+        "strict": True,
+        "disable": ["multi-head"],
+        "exclude": ["layers.0.*"],
+        "dump_dir": "graphs",
+    }
+    assert set(given) == {field.name for field in dataclasses.fields(S2OConfig)}
+    plain, _ = split_options(given, None)
+    prefixed, patches = split_options({f"s2o.{name}": value for name, value in given.items()}, None)
+    assert plain == prefixed
+    assert not patches
+    assert prefixed.disable == ("multi-head",)
+
+
+def test_one_option_given_twice_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"'verify' is given twice"):
+        split_options({"verify": "off", "s2o.verify": "always"}, None)
+
+
+def test_no_options_give_the_defaults() -> None:
+    assert split_options(None, None) == (S2OConfig(), {})
+    assert split_options({}, "default") == (S2OConfig(), {})
+
+
+def test_a_config_is_immutable_and_hashable() -> None:
+    config = S2OConfig(disable=["attention"])  # type: ignore[arg-type]  # what options= hands over
+    assert hash(config) == hash(S2OConfig(disable=("attention",)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.strict = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_can_be_disabled_by_name(name: str) -> None:
+    assert split_options({"disable": [name]}, None)[0].disable == (name,)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_a_mode_means_what_inductor_says_it_means(mode: str) -> None:
+    config, patches = split_options(None, mode)
+    assert config == S2OConfig()
+    assert patches == list_mode_options()[mode]
+
+
+def test_an_unknown_mode_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(
+        OptionError, match=r"'mode' must be one of default, .*; got 'reduce_overhead'.*'reduce-overhead'"
+    ):
+        split_options(None, "reduce_overhead")
+    compiled = torch.compile(matmul, backend="s2o", mode="fastest")
+    with pytest.raises(BackendCompilerFailed, match="OptionError: option 'mode' must be one of"):
+        compiled(torch.ones(2, 2))
+
+
+def test_torch_itself_refuses_mode_and_options_together() -> None:
+    with pytest.raises(RuntimeError, match="Either mode or options can be specified"):
+        torch.compile(matmul, backend="s2o", mode="reduce-overhead", options={"verify": "off"})
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_options_of_inductor_are_refused_when_inductor_does_not_run(inner: str) -> None:
+    with pytest.raises(OptionError, match=rf"\['max_autotune'\] belong to Inductor, .*inner={inner!r} does not run"):
+        split_options({"inner": inner, "max_autotune": True}, None)
+    with pytest.raises(OptionError, match="belong to Inductor"):
+        split_options({"inner": inner}, "reduce-overhead")
+
+
+def test_options_of_inductor_pass_through_as_written_with_dashes_or_underscores() -> None:
+    _, patches = split_options({"max-autotune": True, "epilogue_fusion": False, "verify": "off"}, None)
+    assert patches == {"max_autotune": True, "epilogue_fusion": False}
+
+
+class Probe(CustomGraphPass):  # type: ignore[misc]
+    """Reads Inductor's settings while Inductor works."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, bool]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.seen.append((inductor_config.epilogue_fusion, inductor_config.max_autotune))
+
+    def uuid(self) -> None:
+        return None
+
+
+def test_options_of_inductor_take_effect_and_end_with_the_compilation() -> None:
+    before = inductor_config.epilogue_fusion, inductor_config.max_autotune
+    probe = Probe()
+    options = {"epilogue_fusion": not before[0], "max_autotune": not before[1], "post_grad_custom_pre_pass": probe}
+    x = torch.randn(4, 4)
+    torch.testing.assert_close(torch.compile(matmul, backend="s2o", options=options)(x), x @ x)
+    assert probe.seen == [(not before[0], not before[1])]
+    assert (inductor_config.epilogue_fusion, inductor_config.max_autotune) == before
+
+
+def test_a_mode_takes_effect() -> None:
+    probe = Probe()
+    with inductor_config.patch(post_grad_custom_pre_pass=probe):
+        torch.compile(matmul, backend="s2o", mode="max-autotune-no-cudagraphs")(torch.randn(4, 4))
+    assert [autotune for _, autotune in probe.seen] == [True]
+
+
+def test_the_cache_key_holds_every_option_that_changes_the_result() -> None:
+    key = S2OConfig().key()
+    changes: dict[str, Any] = {
+        "inner": "aot_eager",
+        "verify": "off",
+        "disable": ("lift-masks",),
+        "exclude": ("layers.*",),
+    }
+    for name, value in changes.items():
+        assert S2OConfig(**{name: value}).key() != key, name
+    for name, value in {"strict": True, "dump_dir": "graphs"}.items():
+        assert S2OConfig(**{name: value}).key() == key, name
+    assert {*changes, "strict", "dump_dir"} == {field.name for field in dataclasses.fields(S2OConfig)}
