@@ -1,0 +1,358 @@
+"""What S2O sparse attention means, in plain torch: the oracle of the sparse kernels.
+
+S2O (arXiv 2602.22575) lets every tile of queries read the tokens of its prefix in falling order of importance,
+through an index, until what is left is not worth reading. The steps, each a function below:
+
+    score   representatives of the tile's queries rank every token of the prefix        `token_scores`
+    order   the prefix by falling score                                                 `token_order`
+    attend  the dense part, then bundle after bundle of the order, until the stop rule  `sparse_attention`
+    tail    what was skipped stands in as pooled pseudo-keys, or is dropped             `pooled_tail`
+
+Two variants matter. The paper's: one mean query per segment of queries, stop when a bundle's share of the mass so
+far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `pool=0`). Ours: the mean of the softmax of
+several sub-means per tile, stop when the worst row's estimated tail falls under the budget, the tail pooled.
+
+Everything keeps the dtype of its inputs, so float64 gives the truth for a given selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+_HIDDEN = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes that fix which keys a tile reads densely and which it ranks.
+
+    A tile holds the queries at absolute positions [t * tile, (t + 1) * tile), where query i of Sq stands at
+    i + Sk - Sq: tiles, and so results, do not depend on how a prefill is cut into chunks of whole tiles.
+
+    Attributes:
+        tile: query positions that share one order and one stop.
+        sink: keys at the start that every tile reads densely; a multiple of `pool`.
+        bundle: keys read between two stop tests.
+        sub_means: parts of a tile whose mean queries rank the tokens; divides `tile`.
+        smoothing: odd number of neighbours over which scores are averaged; 1 leaves them.
+        pool: positions that one pseudo-key of the tail stands for; 0 drops the tail.
+    """
+
+    tile: int = 128
+    sink: int = 64
+    bundle: int = 512
+    sub_means: int = 8
+    smoothing: int = 9
+    pool: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("tile", "bundle", "sub_means", "smoothing"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.tile % self.sub_means:
+            raise ValueError(f"sub_means must divide the tile of {self.tile} queries; got {self.sub_means}")
+        if self.smoothing % 2 == 0:
+            raise ValueError(f"smoothing needs a middle, so an odd number of neighbours; got {self.smoothing}")
+        if self.sink < 0 or self.pool < 0 or (self.pool and self.sink % self.pool):
+            raise ValueError(f"sink must be a multiple of pool, both at least 0; got {self.sink} and {self.pool}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A result of `sparse_attention`.
+
+    Attributes:
+        output: (B, Hq, Sq, Dv).
+        lse: (B, Hq, Sq), natural logarithm of the mass of what was read and of the pooled tail.
+        bundles: int64 (B, Hq, tiles), bundles read.
+        tail: (B, Hq, tiles), mean over the rows of the estimated share of the mass that was not read.
+        pairs: int64 (B, Hq), visible (query, key) pairs whose score was computed.
+        visible: int64 (B, Hq), visible pairs.
+    """
+
+    output: Tensor
+    lse: Tensor
+    bundles: Tensor
+    tail: Tensor
+    pairs: Tensor
+    visible: Tensor
+
+
+def token_scores(q: Tensor, k: Tensor, scale: float, sub_means: int, smoothing: int, hidden: Tensor | None) -> Tensor:
+    """Importance of every token of a prefix for a tile of queries; sums to 1 but for smoothing at the ends.
+
+    The tile is cut into `sub_means` runs of rows (fewer where it is short); each run's mean query takes a softmax
+    over the prefix, and the score is the mean of these over runs and over the heads in `q`. Then a moving average
+    over neighbouring positions (fewer at the ends).
+
+    Args:
+        q: (G, R, D), the queries of a tile; all G heads share the order.
+        k: (N, D), the prefix.
+        scale: of the scores.
+        sub_means: runs.
+        smoothing: neighbours in the average, odd.
+        hidden: bool (N,), keys that no row sees; their score is 0. None hides nothing.
+
+    Returns:
+        (N,).
+    """
+    means = torch.stack([part.mean(dim=1) for part in q.tensor_split(min(sub_means, q.shape[1]), dim=1)], dim=1)
+    logits = means @ k.T * scale
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, _HIDDEN)
+    scores = logits.softmax(dim=-1).mean(dim=(0, 1))
+    if smoothing > 1 and scores.numel():
+        scores = torch.nn.functional.avg_pool1d(
+            scores[None], smoothing, stride=1, padding=smoothing // 2, count_include_pad=False
+        )[0]
+    return scores if hidden is None else scores.masked_fill(hidden, 0.0)
+
+
+def token_order(scores: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Positions by falling score, equal scores by position; hidden positions are left out.
+
+    Args:
+        scores: (N,).
+        hidden: bool (N,), or None.
+
+    Returns:
+        int64, (N,) less the hidden positions.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    return order if hidden is None else order[~hidden[order]]
+
+
+def pooled_tail(k: Tensor, v: Tensor, rest: Tensor, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pseudo-keys for the tokens that were not read: per `pool` positions the mean of those left, and their number.
+
+    Jensen's inequality gives n exp(q . mean k) <= sum exp(q . k): the tail is never over-counted.
+
+    Args:
+        k: (N, D), the prefix; N is a multiple of `pool`.
+        v: (N, Dv).
+        rest: bool (N,), what was not read and may be seen.
+        pool: positions per pseudo-key.
+
+    Returns:
+        keys (N / pool, D), values (N / pool, Dv) and counts (N / pool,) in the dtype of k; a count may be 0.
+    """
+    weight = rest.to(k.dtype).unflatten(0, (-1, pool))
+    count = weight.sum(dim=1)
+    share = weight / count.clamp(min=1.0)[:, None]
+    pooled_k, pooled_v = (torch.einsum("np,npd->nd", share, x.unflatten(0, (-1, pool))) for x in (k, v))
+    return pooled_k, pooled_v, count
+
+
+def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
+    """The absolute positions [start, end) of the queries of each tile; the first and last may be short."""
+    first = keys - queries
+    edges = [first, *range((first // tile + 1) * tile, keys, tile), keys]
+    return list(itertools.pairwise(edges)) if queries else []
+
+
+def stop_after(
+    masses: Tensor, remaining: Tensor, sizes: Tensor, rule: str, budget: float, seen: Tensor
+) -> tuple[int, Tensor]:
+    """How many bundles a tile reads, and the estimated share of its mass that it then leaves, per row.
+
+    With `gain` the share of the mass so far that bundle u brought:
+
+        "tail"  r gain / (1 + r gain), r = tokens left / tokens of the bundle: the share that is left if later
+                tokens weigh as much as the last bundle's. Stop when the worst row's is at most the budget.
+        "gain"  the paper's rule: added mass / mass before it. Stop when its mean over rows is under the budget.
+
+    Args:
+        masses: (R, U + 1), the mass of the dense part and of each bundle, relative to one peak per row.
+        remaining: (U,), tokens of the order that are left after each bundle.
+        sizes: (U,), tokens of each bundle.
+        rule: "tail" or "gain".
+        budget: the threshold.
+        seen: bool (R,), rows that exist and see a key; the others do not vote.
+
+    Returns:
+        bundles read, 0 to U, and the tail estimate (R,) at that point.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if rule not in ("tail", "gain"):
+        raise ValueError(f'rule must be "tail" or "gain"; got {rule!r}')
+    total = masses.cumsum(dim=1)
+    added, before, after = masses[:, 1:], total[:, :-1], total[:, 1:]
+    gain = torch.where(after > 0, added / after, 0.0)
+    ratio = (remaining / sizes).to(gain.dtype)
+    left = ratio * gain / (1 + ratio * gain)
+    nothing = torch.zeros_like(masses[:, 0])
+    if not seen.any() or not added.shape[1]:
+        return 0, nothing
+    if rule == "tail":
+        fine = left[seen].amax(dim=0) <= budget
+    else:
+        fine = torch.where(before > 0, added / before, math.inf)[seen].mean(dim=0) < budget
+    fine[-1] = True  # nothing is left
+    read = int(fine.to(torch.int8).argmax()) + 1
+    return read, left[:, read - 1].masked_fill(~seen, 0.0)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    budget: float,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    keys: Tensor | None = None,
+    rule: str = "tail",
+    max_density: float = 1.0,
+    share_order: bool = True,
+    geometry: Geometry = Geometry(),
+) -> Sparse:
+    """S2O attention, tile by tile.
+
+    A tile at absolute positions [start, end) reads the `sink` first keys and all keys from `start` on densely, as
+    far as they are visible; with a window also the keys that only some of its rows see. The rest of what lies
+    before `start`, visible to every row, is its prefix: ranked, and read bundle by bundle until the rule stops it.
+    Without causality the prefix is all keys but the sinks and a last incomplete pool.
+
+    Args:
+        q: (B, Hq, Sq, D), floating point.
+        k: (B, Hkv, Sk, D), Sq <= Sk; query head h reads key/value head h // (Hq / Hkv).
+        v: (B, Hkv, Sk, Dv).
+        budget: threshold of the stop rule; 0 reads everything.
+        scale: defaults to D ** -0.5.
+        causal: query i of Sq sees keys up to i + Sk - Sq.
+        window: with `causal`, it sees the last `window` of these alone.
+        keys: bool (B, Sk), keys that may be seen at all; None is all of them.
+        rule: see `stop_after`.
+        max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
+        share_order: query heads of one key/value head rank tokens together; each still stops by itself.
+        geometry: sizes.
+
+    Returns:
+        `Sparse`; a row that sees no key gets output 0 and lse -inf.
+
+    Raises:
+        ValueError: sizes, budget, density or window are out of range.
+    """
+    batch, heads, queries, width = q.shape
+    kv_heads, length = k.shape[1:3]
+    if queries > length:
+        raise ValueError(f"sparse attention needs at least as many keys as queries; got {queries} and {length}")
+    if budget < 0 or not 0 < max_density <= 1:
+        raise ValueError(f"budget must be at least 0 and max_density in (0, 1]; got {budget} and {max_density}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
+    scale = width**-0.5 if scale is None else scale
+    group = heads // kv_heads
+    spans = tiles_of(queries, length, geometry.tile)
+    output = q.new_zeros(batch, heads, queries, v.shape[3])
+    lse = q.new_full((batch, heads, queries), _HIDDEN)
+    bundles = torch.zeros(batch, heads, len(spans), dtype=torch.int64)
+    tail = q.new_zeros(batch, heads, len(spans))
+    pairs, visible = (torch.zeros(batch, heads, dtype=torch.int64) for _ in range(2))
+    for b in range(batch):
+        allowed = torch.ones(length, dtype=torch.bool, device=q.device) if keys is None else keys[b]
+        for head in range(kv_heads):
+            for t, (start, end) in enumerate(spans):
+                rows = slice(start - (length - queries), end - (length - queries))
+                of_group = slice(head * group, (head + 1) * group)
+                sees = _visible(start, end, length, causal, window, allowed)
+                low, high = _prefix(start, end, length, causal, window, geometry)
+                prefix = slice(low, high)
+                hidden = ~allowed[prefix]
+                orders: list[Tensor] = []
+                for members in [slice(0, group)] if share_order else [slice(i, i + 1) for i in range(group)]:
+                    scores = token_scores(
+                        q[b, of_group, rows][members], k[b, head, prefix], scale,
+                        geometry.sub_means, geometry.smoothing, hidden,
+                    )  # fmt: skip
+                    orders += [token_order(scores, hidden)] * (members.stop - members.start)
+                for i, order in enumerate(orders):
+                    h = head * group + i
+                    read, estimate, chosen = _choose(
+                        q[b, h, rows],
+                        k[b, head],
+                        sees,
+                        prefix,
+                        order,
+                        scale,
+                        rule,
+                        budget,
+                        max_density,
+                        geometry.bundle,
+                    )
+                    output[b, h, rows], lse[b, h, rows] = _attend(
+                        q[b, h, rows], k[b, head], v[b, head], sees, prefix, chosen, scale, geometry.pool
+                    )
+                    bundles[b, h, t], tail[b, h, t] = read, estimate
+                    pairs[b, h] += sees[:, chosen].sum().cpu()
+                    visible[b, h] += sees.sum().cpu()
+    return Sparse(output, lse, bundles, tail, pairs, visible)
+
+
+def _visible(start: int, end: int, length: int, causal: bool, window: int | None, allowed: Tensor) -> Tensor:
+    """bool (R, Sk): what each row of a tile sees."""
+    at = torch.arange(start, end, device=allowed.device)[:, None]
+    key = torch.arange(length, device=allowed.device)
+    sees = allowed.expand(end - start, length)
+    if causal:
+        sees = sees & (key <= at)
+    return sees if window is None else sees & (key > at - window)
+
+
+def _prefix(start: int, end: int, length: int, causal: bool, window: int | None, geometry: Geometry) -> tuple[int, int]:
+    """The keys [low, high) that a tile ranks: visible to all its rows, whole pools, behind the sinks."""
+    unit = max(geometry.pool, 1)
+    low = geometry.sink if window is None else max(geometry.sink, -(-(end - window) // unit) * unit)
+    high = (start // geometry.tile * geometry.tile if causal else length) // unit * unit
+    return low, max(low, high)
+
+
+def _choose(
+    q: Tensor, k: Tensor, sees: Tensor, prefix: slice, order: Tensor, scale: float, rule: str, budget: float,
+    max_density: float, bundle: int,
+) -> tuple[int, float, Tensor]:  # fmt: skip
+    """(bundles read, mean tail estimate, bool (Sk,): keys that are read, densely or through the order)."""
+    logits = (q @ k.T * scale).masked_fill(~sees, _HIDDEN)
+    read_densely = torch.ones(k.shape[0], dtype=torch.bool, device=k.device)
+    read_densely[prefix] = False
+    starts = torch.arange(0, order.numel(), bundle)
+    sizes = (order.numel() - starts).clamp(max=bundle)
+    peak = logits.amax(dim=1, keepdim=True)
+    weights = (logits - peak.masked_fill(peak == _HIDDEN, 0.0)).exp()
+    ordered = weights[:, prefix][:, order]
+    masses = [weights[:, read_densely].sum(dim=1)]
+    masses += [ordered[:, i : i + bundle].sum(dim=1) for i in starts.tolist()]
+    remaining = order.numel() - starts - sizes
+    device = weights.device
+    read, left = stop_after(
+        torch.stack(masses, dim=1), remaining.to(device), sizes.to(device), rule, budget, sees.any(dim=1)
+    )
+    most = math.ceil(math.ceil(max_density * order.numel()) / bundle)
+    read = min(read, most)
+    chosen = read_densely
+    chosen[order[: read * bundle] + prefix.start] = True
+    seen = max(int(sees.any(dim=1).sum()), 1)
+    return read, float(left.sum() / seen), chosen
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, prefix: slice, chosen: Tensor, scale: float, pool: int
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the chosen keys and the pseudo-keys of the rest."""
+    logits = (q @ k.T * scale).masked_fill(~(sees & chosen), _HIDDEN)
+    if pool and prefix.stop > prefix.start:
+        rest = (sees.any(dim=0) & ~chosen)[prefix]
+        pooled_k, pooled_v, count = pooled_tail(k[prefix], v[prefix], rest, pool)
+        logits = torch.cat([logits, q @ pooled_k.T * scale + count.log()], dim=1)
+        v = torch.cat([v, pooled_v])
+    lse = logits.logsumexp(dim=1)
+    nothing = (lse == _HIDDEN)[:, None]
+    return logits.masked_fill(nothing, 0.0).softmax(dim=1).masked_fill(nothing, 0.0) @ v, lse
