@@ -16,7 +16,12 @@ from s2o_inductor.kernels import primitives as p
 from s2o_inductor.kernels.operands import aligned
 
 # Integers of a kernel on whose value Triton must not specialise: every new one would compile again.
-UNSPECIALIZED = ["queries", "keys", "lower", "upper", "heads", "group", "section", "splits", "limit", "tiles_heads"]
+UNSPECIALIZED = [
+    "queries", "keys", "lower", "upper", "heads", "group", "section", "splits", "limit", "tiles_heads",
+    # Of the sparse kernels: positions and tiles, places in their tables, and the density as a fraction.
+    "window", "sink", "first_tile", "tile0", "count", "tiles", "base", "room", "places", "segments", "blocks",
+    "numerator", "denominator",
+]  # fmt: skip
 # What heads that run side by side read should stay in the L2 cache of a data-centre GPU.
 _CACHED_BYTES = 32 << 20
 

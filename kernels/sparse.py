@@ -7,6 +7,10 @@ the choice is made here, from sizes alone, so that a graph with symbolic lengths
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,10 +58,10 @@ class Trial:
     norm: Tensor
 
 
-def why_dense(call: dense.Call, q: Tensor, k: Tensor, policy: SparsePolicy) -> str | None:
+def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparsePolicy) -> str | None:
     """Why a call must be computed exactly, or None when it may be approximated; reads sizes alone."""
     queries, keys = q.shape[2], k.shape[2]
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "cuda"):
         return f"no sparse kernel for {q.device.type!r} in this version"
     if all(budget == 0.0 for budget in policy.budgets) and not policy.candidates:
         return "budget 0"
@@ -75,7 +79,7 @@ def why_dense(call: dense.Call, q: Tensor, k: Tensor, policy: SparsePolicy) -> s
         return f"{queries} queries are fewer than a tile"
     if _end(call, queries, keys) < max(policy.min_seq, 2 * GEOMETRY.tile):
         return f"shorter than min_seq={policy.min_seq}"
-    return None
+    return _why_not_cuda(call, q, k, v) if q.device.type == "cuda" else None
 
 
 def forward(
@@ -85,7 +89,7 @@ def forward(
 
     Under a policy with candidates the result is exact and the last item lists what each would have given.
     """
-    if why_dense(call, q, k, policy) is not None:
+    if why_dense(call, q, k, v, policy) is not None:
         return *dense.forward(call, q, k, v), call.route, None
     if policy.candidates:
         output, lse = dense.forward(call, q, k, v)
@@ -95,6 +99,31 @@ def forward(
     if policy.audit:
         statistics = dataclasses.replace(statistics, error=_audit(call, q, k, v, output, policy.audit))
     return output, lse, f"{q.device.type}-s2o", statistics
+
+
+def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernels cannot run a call that is otherwise fit for them."""
+    if not _has_triton():
+        return "the sparse CUDA kernels need triton, which is not installed"
+    if call.route == "math":
+        return "the dense route takes no Triton kernel here either"
+    from s2o_inductor.kernels import cuda_sparse
+
+    return cuda_sparse.why_not(q, k, v, GEOMETRY)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _kernel(device: str) -> Callable[..., Any]:
+    """The kernels of a device type; those of CUDA import triton, which not everyone has."""
+    if device == "cpu":
+        return cpu_sparse.forward
+    from s2o_inductor.kernels import cuda_sparse
+
+    return cuda_sparse.forward
 
 
 def _end(call: dense.Call, queries: int, keys: int) -> int:
@@ -112,7 +141,7 @@ def _sparse(
 ) -> tuple[Tensor, Tensor, Statistics]:
     end = _end(call, q.shape[2], k.shape[2])
     window = None if call.lower is None or call.upper is None else call.upper - call.lower + 1
-    result = cpu_sparse.forward(
+    result = _kernel(q.device.type)(
         q, k[:, :, :end], v[:, :, :end], scale=call.scale, budgets=budgets, causal=call.upper is not None,
         window=window, keys=_visible_keys(call, end), max_density=max_density, geometry=GEOMETRY,
     )  # fmt: skip

@@ -227,7 +227,7 @@ def sparse_arguments(policy: SparsePolicy, spec: str = CAUSAL, *params: int, **f
 )
 def test_what_may_be_approximated(sizes: tuple[int, int], spec: str, reason: str | None) -> None:
     q, k, v = peaked(*sizes)
-    why = sparse.why_dense(call_of(q, k, v, spec), q, k, SparsePolicy((0.5,), min_seq=512))
+    why = sparse.why_dense(call_of(q, k, v, spec), q, k, v, SparsePolicy((0.5,), min_seq=512))
     assert why is None if reason is None else why is not None and reason in why
 
 

@@ -1,23 +1,15 @@
-"""The Triton kernels on CPU, in Triton's interpreter, against the float64 reference.
+"""The Triton kernels on CPU, in Triton's interpreter (see tests/interpreter.py), against the float64 reference.
 
-Triton decides at import whether it interprets, so one child process runs all cases and reports; the
-tests of this process read their line of the report. The interpreter cannot multiply bfloat16: cases
-are float16 and float32. What it cannot show, a GPU does: see tests/gpu.
+The interpreter cannot multiply bfloat16: cases are float16 and float32. What it cannot show, a GPU does: see tests/gpu.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from test_dense_numerics import SPECS, Problem, leaves_for, problem
@@ -27,7 +19,6 @@ from s2o_inductor.kernels import dense, reference
 from s2o_inductor.mask_spec import MaskSpec
 from s2o_inductor.testing import assert_close_to_gold, in_memory
 
-ROOT = Path(__file__).resolve().parent.parent
 LEAST = torch.finfo(torch.float32).min
 
 
@@ -158,15 +149,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, str]:
-    """What each case said in a process whose Triton interprets: "" or the error."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    results: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
-    return results
+    return interpreter.report_of(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -174,22 +157,5 @@ def test_kernels_in_the_interpreter(name: str, report: dict[str, str]) -> None:
     assert report[name] == "", report[name]
 
 
-def _main() -> None:
-    from s2o_inductor.testing import poisoned_memory
-
-    results = {}
-    torch.set_num_threads(1)
-    for name, run in CHECKS.items():
-        if len(sys.argv) > 1 and not any(part in name for part in sys.argv[1:]):
-            continue
-        try:
-            with poisoned_memory():
-                run()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc(limit=-6)
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    _main()
+    interpreter.main(CHECKS)

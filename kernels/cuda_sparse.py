@@ -1,0 +1,369 @@
+"""S2O sparse attention on CUDA: the order of every tile, then attention through it; see `kernels/reference_sparse.py`.
+
+Nothing here waits for the device or depends on what a tensor holds, so calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fractions
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from s2o_inductor.kernels import triton_sparse_attention as kernels
+from s2o_inductor.kernels import triton_sparse_order as ordering
+from s2o_inductor.kernels.launching import Config, block_width, heads_last, launch, section_heads
+from s2o_inductor.kernels.operands import aligned, positive_scale
+from s2o_inductor.kernels.reference_sparse import Sparse
+from s2o_inductor.kernels.tail_groups import Groups, tail_groups
+from s2o_inductor.kernels.triton_sparse_order import Order
+from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, Padding, Tiling, steps_of
+from s2o_inductor.sparse_policy import Geometry
+
+# Tables and scratch of the tiles that are worked on at a time; a single row of tiles may need more.
+WORKSPACE_BYTES = 512 << 20
+# Most that float32 copies of keys and values take while their groups are made.
+_GROUPED_BYTES = 256 << 20
+GEOMETRY = Geometry()
+# Widest rows of keys and values, and most representatives of a tile, that leave room for the rest of a program.
+_WIDTH = 256
+_MEANS = 128
+# A head with this budget reads its prefix in place.
+_EXACT = -1.0
+
+
+def attend_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
+    """Ways to run the attention kernel, fastest first. The first is a probe's; tune with examples/bench_sparse_gpu.py.
+
+    Args:
+        dtype: of q, k and v.
+        width: the larger of the head sizes D and Dv.
+        tile: queries of a tile.
+    """
+    if dtype == torch.float32:
+        return [Config(tile, 32, 8, 2), Config(tile, 16, 8, 1)]
+    warps = 8 if tile > 64 else 4  # with fewer, ptxas spills the output's tile
+    if width <= 128:
+        return [Config(tile, 64, warps, 3), Config(tile, 64, 4, 3), Config(tile, 32, 8, 2)]
+    return [Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 16, 8, 1)]
+
+
+def tail_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
+    """The same for the tail kernel: rows at a time, which divide the tile, and groups."""
+    if dtype == torch.float32:
+        return [Config(min(tile, 32 if width <= 128 else 16), 16, 8, 1)]
+    if width <= 128:
+        return [Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 32, 8, 1)]
+    return [Config(min(tile, 64), 32, 8, 2), Config(min(tile, 64), 16, 8, 1)]
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
+    """Why the kernels do not take operands of these sizes, or None when they do."""
+    widest, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
+    if widest > _WIDTH:
+        return f"heads are wider than {_WIDTH}: {widest}"
+    if group * geometry.sub_means > _MEANS:
+        return f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {_MEANS}"
+    try:
+        Tiling(q.shape[2], k.shape[2], True, None, geometry)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Operands as the kernels read them, and the results they fill."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    tiling: Tiling
+    padding: Padding
+    budgets: Tensor
+    groups: Groups | None
+    output: Tensor
+    lse: Tensor
+    per_tile: dict[str, Tensor]
+
+    @staticmethod
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: tuple[float, ...], tiling: Tiling, keys: Tensor | None
+    ) -> _Call:
+        """Operands checked, aligned, and with a scale above 0; results empty."""
+        batch, heads = q.shape[:2]
+        q, scale, _ = positive_scale(q, scale)
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        padding = Padding.of(keys)
+        kinds = {
+            "bundles": torch.int64, "tail": torch.float32, "pairs": torch.int64, "visible": torch.int64,
+        }  # fmt: skip
+        shape = (batch, heads, tiling.count)
+        groups = None
+        if tiling.geometry.clusters and max(budgets) >= 0 and tiling.keys >= tiling.geometry.block:
+            groups = _groups(k, v, keys, tiling.geometry)
+        return _Call(
+            q, k, v, scale, tiling, padding, _on_device(budgets, heads, q.device), groups,
+            heads_last(q, heads, q.shape[2], v.shape[3]),
+            torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
+            {name: torch.empty(shape, dtype=kind, device=q.device) for name, kind in kinds.items()},
+        )  # fmt: skip
+
+    def run(self, order: Order, ragged: bool, configs: list[Config] | None, tail: list[Config] | None) -> None:
+        """Fills the results of the tiles of `order`."""
+        batch, heads = self.q.shape[:2]
+        count, places = order.table.shape[2:]
+        width, v_width = self.q.shape[3], self.v.shape[3]
+        geometry = self.tiling.geometry
+        group = heads // self.k.shape[1]
+        section = section_heads(self.tiling.keys, (width + v_width) * self.k.element_size()) * group
+        shared = {
+            "q_ptr": self.q, "q_steps": steps_of(self.q), "k_ptr": self.k, "k_steps": steps_of(self.k),
+            "v_ptr": self.v, "v_steps": steps_of(self.v), "out_ptr": self.output, "lse_ptr": self.lse,
+            "table_ptr": order.table, "listed_ptr": order.listed, "budgets_ptr": self.budgets,
+            "heads": heads, "group": group, "tiles": self.tiling.count, "tile0": order.tile0, "count": count,
+            "places": places, "section": section, "scale": self.scale, "BUNDLE": geometry.bundle,
+            "HORIZON": geometry.horizon, "D": width, "DV": v_width, "BLOCK_D": block_width(width),
+            "BLOCK_DV": block_width(v_width),
+            **{f"{name}_ptr": x for name, x in self.per_tile.items()},
+            **self.tiling.arguments(), **self.padding.arguments(),
+        }  # fmt: skip
+        programs = batch * heads * count
+        whole = not ragged and self.padding.allowed is None
+
+        def attend_arguments(config: Config) -> dict[str, Any]:
+            return {**shared, "RAGGED": not (whole and geometry.block % config.keys == 0)}
+
+        sizes = (self.q.dtype, max(width, v_width), geometry.tile)
+        launch(
+            kernels.attend_kernel, configs or attend_configs(*sizes), lambda _: programs, attend_arguments
+        )  # fmt: skip
+        if self.groups is None or order.bundle_of is None:
+            return
+        extra = {
+            "member_ptr": self.groups.member, "mean_k_ptr": self.groups.k, "variance_ptr": self.groups.variance,
+            "mean_v_ptr": self.groups.v, "bundle_of_ptr": order.bundle_of, "base": order.base,
+            "room": order.bundle_of.shape[3], "blocks": self.tiling.keys // geometry.block, "limit": geometry.limit,
+            "CLUSTERS": geometry.clusters,
+        }  # fmt: skip
+        launch(
+            kernels.tail_kernel, tail or tail_configs(*sizes),
+            lambda config: programs * (geometry.tile // config.rows), lambda _: {**shared, **extra},
+        )  # fmt: skip
+
+    def result(self) -> Sparse:
+        """What was filled; pairs are added up over tiles."""
+        return Sparse(
+            self.output, self.lse, self.per_tile["bundles"], self.per_tile["tail"],
+            self.per_tile["pairs"].sum(dim=2), self.per_tile["visible"].sum(dim=2),
+        )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    budgets: tuple[float, ...],
+    causal: bool = True,
+    window: int | None = None,
+    keys: Tensor | None = None,
+    max_density: float = 1.0,
+    geometry: Geometry = GEOMETRY,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Sparse:
+    """S2O attention: `reference_sparse.sparse_attention` with its defaults, ordered by bins of falling score.
+
+    Args:
+        q: (B, Hq, Sq, D), float16, bfloat16 or float32, any strides, like k and v.
+        k: (B, Hkv, Sk, D), Sq <= Sk.
+        v: (B, Hkv, Sk, Dv).
+        scale: of the scores; D ** -0.5 by default.
+        budgets: thresholds of the stop rule, one for all query heads or one each. A head with budget 0 reads
+            everything, whatever `max_density` says.
+        causal: query i of Sq sees keys up to i + Sk - Sq.
+        window: with `causal`, it sees the last `window` of these alone.
+        keys: bool (B, Sk), keys that may be seen at all; None is all of them.
+        max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
+        geometry: sizes; see `triton_sparse_tiles.Tiling` for those that the kernels take.
+        workspace_bytes: tiles are worked on in ranges whose tables take no more than this, one tile at least.
+
+    Returns:
+        `Sparse`: output (B, Hq, Sq, Dv) in memory of (B, Sq, Hq, Dv), lse float32, bundles int64 and tail float32
+        (B, Hq, tiles), pairs and visible int64 (B, Hq), all on the device of q. `tail` is the estimate at the last
+        bundle read.
+
+    Raises:
+        ValueError: sizes, budgets, density, window or geometry are out of range.
+    """
+    tiling = _checked(q, k, v, budgets, causal, window, keys, geometry)
+    if not 0 < max_density <= 1:
+        raise ValueError(f"max_density must be in (0, 1]; got {max_density}")
+    density = fractions.Fraction(max_density).limit_denominator(1 << 20) or fractions.Fraction(1, 1 << 20)
+    exact = tuple(_EXACT if budget == 0 else budget for budget in budgets)
+    with _device_of(q):
+        call = _Call.of(q, k, v, _scale(q, scale), exact, tiling, keys)
+        if call.output.numel() == 0:
+            return call.result()
+        ranking = ordering.rank(call.q, call.k, call.scale, tiling, call.padding)
+        for tile0, count in ranges(tiling, density, q.shape[0] * k.shape[1], workspace_bytes):
+            call.run(ordering.order(ranking, call.k, tiling, density, tile0, count), False, None, None)
+        return call.result()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    listed: Tensor,
+    *,
+    scale: float | None = None,
+    budgets: tuple[float, ...] = (0.0,),
+    causal: bool = True,
+    window: int | None = None,
+    keys: Tensor | None = None,
+    geometry: Geometry = GEOMETRY,
+    configs: list[Config] | None = None,
+    tail: list[Config] | None = None,
+) -> Sparse:
+    """The same attention over keys that the caller chose, for every tile at once.
+
+    Args:
+        q: (B, Hq, Sq, D), and the following as in `forward`.
+        k: (B, Hkv, Sk, D).
+        v: (B, Hkv, Sk, Dv).
+        table: int32 (B, Hkv, tiles, places), positions of the keys that a tile reads, in this order; each at most once,
+            and inside the tile's prefix (`Tiling.prefix`) where `keys` shows it. Not checked: that would have to wait
+            for the device.
+        listed: int32 (B, Hkv, tiles), how many of the places count.
+        scale: of the scores.
+        budgets: as in `forward`, but 0 reads all that is listed.
+        causal: as in `forward`, like what follows.
+        window: see there.
+        keys: see there.
+        geometry: see there.
+        configs: instead of `attend_configs`.
+        tail: instead of `tail_configs`.
+
+    Raises:
+        ValueError: also when table or listed have another shape or type.
+    """
+    tiling = _checked(q, k, v, budgets, causal, window, keys, geometry)
+    shape = (q.shape[0], k.shape[1], tiling.count)
+    if table.shape[:3] != shape or listed.shape != shape or {table.dtype, listed.dtype} != {torch.int32}:
+        raise ValueError(
+            f"table and listed must be int32 {(*shape, 'places')} and {shape}; got {table.dtype} {tuple(table.shape)} "
+            f"and {listed.dtype} {tuple(listed.shape)}"
+        )
+    with _device_of(q):
+        call = _Call.of(q, k, v, _scale(q, scale), budgets, tiling, keys)
+        if call.output.numel() == 0:
+            return call.result()
+        missing = max(-(-table.shape[3] // geometry.bundle), 1) * geometry.bundle - table.shape[3]
+        table = torch.nn.functional.pad(table, (0, missing), value=-1).contiguous()
+        bundle_of, base = None, 0
+        if geometry.clusters:
+            base, room, _ = ordering.span_of(tiling, 0, tiling.count)
+            bundle_of = torch.full((*shape, room), UNLISTED.value, dtype=torch.int16, device=q.device)
+            sizes = {"places": table.shape[3], "room": room, "base": base, "BUNDLE": geometry.bundle}
+            listed = listed.contiguous()
+            launch(
+                kernels.bundle_of_kernel, [Config(0, 64, 4, 1)],
+                lambda config: math.prod(shape) * triton.cdiv(table.shape[3], config.keys),
+                lambda _: {"table_ptr": table, "listed_ptr": listed, "bundle_of_ptr": bundle_of, **sizes},
+            )  # fmt: skip
+        call.run(Order(table, listed.contiguous(), bundle_of, 0, base), True, configs, tail)
+        return call.result()
+
+
+def ranges(tiling: Tiling, density: fractions.Fraction, heads: int, most: int) -> list[tuple[int, int]]:
+    """Ranges (first tile, tiles), the last tiles first, whose tables take at most so many bytes for `heads` heads."""
+    found, end = [], tiling.count
+    while end:
+        # Later tiles have longer rows: a range of this many fits, if its last tile's row is its longest.
+        fits = most // (heads * ordering.row_bytes(tiling, end - 1, 1, density))
+        count = min(end, max(1, fits))
+        while count > 1 and count * heads * ordering.row_bytes(tiling, end - count, count, density) > most:
+            count -= max(1, count // 8)  # with a window, a range spans more keys than its last tile
+        found.append((end - count, count))
+        end -= count
+    return found
+
+
+def _groups(k: Tensor, v: Tensor, keys: Tensor | None, geometry: Geometry) -> Groups:
+    """`tail_groups` as the tail kernel reads them.
+
+    Made in float32, some blocks at a time, which changes nothing: a block's groups follow from it alone. `member` is
+    uint8, counted within the block; `k` and `v` are of the type of k, `variance`, which may pass its range, float32.
+    """
+    batch, heads, length, width = k.shape
+    whole = length // geometry.block * geometry.block
+    row_bytes = 4 * batch * heads * (width + v.shape[3])
+    span = max(_GROUPED_BYTES // row_bytes // geometry.block, 1) * geometry.block
+    parts = []
+    for first in range(0, whole, span):
+        at = slice(first, min(first + span, whole))
+        hidden = None if keys is None else ~keys[:, None, at]
+        found = tail_groups(k[:, :, at].float(), v[:, :, at].float(), hidden, geometry)
+        member = (found.member % geometry.clusters).to(torch.uint8)
+        parts.append((member, found.k.to(k.dtype), found.variance, found.v.to(v.dtype)))
+    return Groups(*(torch.cat(x, dim=2) for x in zip(*parts, strict=True)))
+
+
+def _on_device(budgets: tuple[float, ...], heads: int, device: torch.device) -> Tensor:
+    """float32 (Hq,). Filled on the device run by run: a copy from the host could not be captured in a CUDA graph."""
+    if len(budgets) == 1:
+        return torch.full((heads,), budgets[0], dtype=torch.float32, device=device)
+    result = torch.empty((heads,), dtype=torch.float32, device=device)
+    first = 0
+    for head in range(1, heads + 1):
+        if head == heads or budgets[head] != budgets[first]:
+            result[first:head].fill_(budgets[first])
+            first = head
+    return result
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else scale
+
+
+@contextlib.contextmanager
+def _device_of(q: Tensor) -> Iterator[None]:
+    with torch.cuda.device_of(q):
+        yield
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, budgets: tuple[float, ...], causal: bool, window: int | None,
+    keys: Tensor | None, geometry: Geometry,
+) -> Tiling:  # fmt: skip
+    """The tiles of a call whose arguments fit together."""
+    batch, heads, queries, width = q.shape
+    kv_heads, length = k.shape[1:3]
+    if k.shape != (batch, kv_heads, length, width) or v.shape[:3] != k.shape[:3] or heads % kv_heads:
+        raise ValueError(
+            f"q (B, Hq, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) with Hq a multiple of Hkv; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or {k.dtype, v.dtype} != {q.dtype}:
+        raise ValueError(f"q, k and v must all be float16, bfloat16 or float32; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if queries > length:
+        raise ValueError(f"sparse attention needs at least as many keys as queries; got {queries} and {length}")
+    if len(budgets) not in (1, heads) or min(budgets) < 0:
+        raise ValueError(f"budgets must be one or {heads} numbers of at least 0; got {budgets}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
+    if keys is not None and (keys.dtype != torch.bool or keys.shape != (batch, length)):
+        raise ValueError(f"keys must be bool {(batch, length)}; got {keys.dtype} {tuple(keys.shape)}")
+    if (why := why_not(q, k, v, geometry)) is not None:
+        raise ValueError(f"{why}; use exact attention")
+    return Tiling(queries, length, causal, window, geometry)

@@ -1,0 +1,257 @@
+"""S2O sparse attention in Triton: the keys of a tile's order, bundle by bundle, until what is left is not worth it.
+
+Keys and values stay where they are: each key tile is loaded through a page table of positions (see
+`kernels/triton_sparse_order.py`, but any table will do). Two kernels write the output:
+
+    attend   the dense part of a tile of queries, then its bundles, with the stop test between them
+    tail     the groups of like keys that stand in for what was not read, folded into the output by its log-sum-exp
+
+Groups are made once per key/value head, by `kernels/tail_groups.py`. A tile of a query head, which stops by itself,
+adds only how many keys of each group it did not read.
+"""
+
+# Device code has no types that mypy knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from s2o_inductor.kernels.launching import UNSPECIALIZED
+from s2o_inductor.kernels.primitives import LN_2, LOG2_E, schedule, store_tile
+from s2o_inductor.kernels.triton_sparse_tiles import (
+    gather_rows,
+    load_allowed,
+    ranked_keys,
+    tile_keys,
+)
+
+
+@triton.jit
+def _update(state, products, v, scale2):
+    """One step of the online softmax: (acc, peak, total) after keys with these products with the queries, and values.
+
+    Hidden products are -inf; `scale2` is above 0, so that it may follow the maximum.
+    """
+    acc, peak, total = state
+    new_peak = tl.maximum(peak, tl.max(products, 1) * scale2)
+    # A row that has seen nothing yet keeps the peak -inf; -inf - -inf would be NaN.
+    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(products * scale2 - origin[:, None])
+    decay = tl.exp2(peak - origin)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_peak, total
+
+
+@triton.jit
+def _read(
+    state, q, k_ptr, k_steps, v_ptr, v_steps, batch, kv_head, key, visible, scale2, MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """`_update` with the keys at positions `key`; with MASKED, only where `visible` (BN,)."""
+    k = gather_rows(k_ptr, k_steps, batch, kv_head, key, visible, MASKED, D, BLOCK_D)
+    products = tl.dot(q, k.T, input_precision="ieee")
+    if MASKED:
+        products = tl.where(visible[None, :], products, float("-inf"))
+    v = gather_rows(v_ptr, v_steps, batch, kv_head, key, visible, MASKED, DV, BLOCK_DV)
+    return _update(state, products, v, scale2)
+
+
+@triton.jit
+def _finish(state, out_ptr, lse_ptr, batch, head, heads, query, queries, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Output and log-sum-exp of the queries at `query` that exist; 0 and -inf where nothing was seen."""
+    acc, peak, total = state
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+    at = tl.where(query < 0, queries, query)  # a short first tile begins before the first query
+    store_tile(out_ptr, batch, head, heads, at, queries, acc / total[:, None], DV, BLOCK_DV)
+    place = (batch.to(tl.int64) * heads + head) * queries + query
+    tl.store(lse_ptr + place, lse, mask=(query >= 0) & (query < queries))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attend_kernel(
+    q_ptr, q_steps, k_ptr, k_steps, v_ptr, v_steps, out_ptr, lse_ptr, table_ptr, listed_ptr, allowed_ptr, before_ptr,
+    budgets_ptr, bundles_ptr, tail_ptr, pairs_ptr, visible_ptr, heads, group, queries, keys, window, sink, first_tile,
+    tiles, tile0, count, places, section, scale, TILE: tl.constexpr, UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr, BUNDLE: tl.constexpr,
+    HORIZON: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Output, log-sum-exp and statistics of one tile of one query head, before the tail.
+
+    A head with a budget below 0 reads its whole prefix in place, whatever the table lists. RAGGED says that `listed`
+    need not be a multiple of BN.
+    """
+    scale2 = tl.cast(scale, tl.float32) * LOG2_E
+    of_range, bh = schedule(count, section, CAUSAL)
+    tile = tile0 + of_range
+    batch = bh // heads
+    head = bh % heads
+    kv_head = head // group
+    start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    ranked = ranked_keys(before_ptr, batch, keys, low, high, KEYS)
+    row = ((batch * (heads // group) + kv_head) * count + of_range).to(tl.int64)
+    listed = tl.load(listed_ptr + row)
+    budget = tl.load(budgets_ptr + head)
+
+    position = (first_tile + tile) * TILE + tl.arange(0, TILE)
+    exists = (position >= start) & (position < end)
+    query = position - (keys - queries)
+    q = gather_rows(q_ptr, q_steps, batch, head, query, exists, True, D, BLOCK_D)
+    acc = tl.zeros((TILE, BLOCK_DV), tl.float32)
+    peak = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+
+    # The dense part: [first, low) and [high, last), each in whole key tiles; most of them lie on an edge of the mask.
+    last = end if CAUSAL else keys
+    first = tl.maximum(start - window + 1, 0) if WINDOWED else start * 0
+    before = tl.cdiv(tl.maximum(tl.minimum(low, last) - first, 0), BN)
+    after = tl.cdiv(tl.maximum(last - tl.maximum(high, first), 0), BN)
+    if low == high:  # no prefix: one run of keys
+        before = 0
+        after = tl.cdiv(last - first, BN)
+    pairs = tl.zeros((TILE,), tl.int32)
+    for step in tl.range(0, before + after, num_stages=2):
+        from_start = (step < before) | (low == high)
+        key = tl.where(from_start, first + step * BN, tl.maximum(high, first) + (step - before) * BN) + tl.arange(0, BN)
+        there = load_allowed(allowed_ptr, batch, keys, key, key < tl.where(step < before, low, last), KEYS)
+        k = gather_rows(k_ptr, k_steps, batch, kv_head, key, there, True, D, BLOCK_D)
+        products = tl.dot(q, k.T, input_precision="ieee")
+        visible = there[None, :] & exists[:, None]
+        if CAUSAL:
+            visible = visible & (key[None, :] <= position[:, None])
+        if WINDOWED:
+            visible = visible & (key[None, :] > position[:, None] - window)
+        pairs += tl.sum(visible.to(tl.int32), 1)
+        v = gather_rows(v_ptr, v_steps, batch, kv_head, key, there, True, DV, BLOCK_DV)
+        acc, peak, total = _update((acc, peak, total), tl.where(visible, products, float("-inf")), v, scale2)
+
+    bundles = start * 0
+    left = tl.zeros((TILE,), tl.float32)
+    tokens = start * 0
+    if budget < 0.0:
+        for key0 in tl.range(low, high, BN, num_stages=2):
+            key = key0 + tl.arange(0, BN)
+            # Prefixes need not be a multiple of BN.
+            there = load_allowed(allowed_ptr, batch, keys, key, key < high, KEYS)
+            acc, peak, total = _read(
+                (acc, peak, total), q, k_ptr, k_steps, v_ptr, v_steps, batch, kv_head, key, there, scale2, True,
+                D, DV, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        tokens = ranked
+        bundles = tl.cdiv(ranked, BUNDLE)
+    else:
+        going = listed > 0
+        while going:
+            peak0 = peak
+            total0 = total
+            size = tl.minimum(listed - tokens, BUNDLE)
+            here = table_ptr + row * places + tokens
+            for step in tl.range(0, tl.cdiv(size, BN)):
+                key = tl.load(here + step * BN + tl.arange(0, BN))
+                there = step * BN + tl.arange(0, BN) < size
+                if RAGGED:
+                    key = tl.where(there, key, 0)
+                acc, peak, total = _read(
+                    (acc, peak, total), q, k_ptr, k_steps, v_ptr, v_steps, batch, kv_head, key, there, scale2, RAGGED,
+                    D, DV, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+            bundles += 1
+            tokens += size
+            # What is left if later tokens weigh as much as this bundle's (`reference_sparse.stop_after`, "tail").
+            kept = total0 * tl.exp2(peak0 - tl.where(peak == float("-inf"), 0.0, peak))
+            gain = 1.0 - tl.minimum(kept / tl.where(total > 0.0, total, 1.0), 1.0)
+            ratio = (ranked - tokens).to(tl.float32) / size.to(tl.float32)
+            counts = exists & (total > 0.0)
+            left = tl.where(counts, ratio * gain / (1.0 + ratio * gain), 0.0)
+            assumed = tl.where(ratio > 0.0, tl.maximum(ratio, HORIZON), 0.0) * gain
+            worst = tl.max(tl.where(counts, assumed / (1.0 + assumed), 0.0), 0)
+            going = (tokens < listed) & (worst > budget)
+
+    _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)
+    place = bh.to(tl.int64) * tiles + tile
+    rows = (end - start).to(tl.int64)
+    seen = tl.sum((exists & (total > 0.0)).to(tl.int32), 0)
+    dense = tl.sum(pairs.to(tl.int64), 0)
+    tl.store(bundles_ptr + place, bundles.to(tl.int64))
+    tl.store(tail_ptr + place, tl.sum(left, 0) / tl.maximum(seen, 1).to(tl.float32))
+    tl.store(pairs_ptr + place, dense + tokens * rows)
+    tl.store(visible_ptr + place, dense + ranked * rows)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def bundle_of_kernel(table_ptr, listed_ptr, bundle_of_ptr, places, room, base, BUNDLE: tl.constexpr, BN: tl.constexpr):
+    """Bundles by position from a page table that came without, BN places of one row."""
+    blocks = tl.cdiv(places, BN)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    place = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    there = place < tl.load(listed_ptr + row)
+    key = tl.load(table_ptr + row * places + place, mask=there, other=0)
+    tl.store(bundle_of_ptr + row * room + key - base, (place // BUNDLE).to(tl.int16), mask=there)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def tail_kernel(
+    q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, member_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
+    allowed_ptr, before_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles,
+    tile0, count, base, room, blocks, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, BUNDLE: tl.constexpr, CLUSTERS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
+
+    See `tail_groups.tail_logits`. `member_ptr` is uint8 (B, Hkv, blocks * UNIT), each key's group in its block.
+    """
+    part, bh = schedule(count * (TILE // BM), section, CAUSAL)
+    of_range = part // (TILE // BM)
+    tile = tile0 + of_range
+    batch = bh // heads
+    head = bh % heads
+    kv_bh = (batch * (heads // group) + head // group).to(tl.int64)
+    start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    ranked = ranked_keys(before_ptr, batch, keys, low, high, KEYS)
+    row = kv_bh * count + of_range
+    bundles = tl.load(bundles_ptr + bh.to(tl.int64) * tiles + tile).to(tl.int32)
+    read = tl.minimum(tl.load(listed_ptr + row), bundles * BUNDLE)
+    if (read < ranked) & (tl.load(budgets_ptr + head) >= 0.0):
+        position = (first_tile + tile) * TILE + part % (TILE // BM) * BM + tl.arange(0, BM)
+        exists = (position >= start) & (position < end)
+        query = position - (keys - queries)
+        q = gather_rows(q_ptr, q_steps, batch, head, query, exists, True, D, BLOCK_D)
+        scale2 = tl.cast(scale, tl.float32) * LOG2_E
+        # Squares of half precision pass its range; tf32 holds them, and rounds no coarser than it.
+        PRECISION: tl.constexpr = "ieee" if q_ptr.dtype.element_ty == tl.float32 else "tf32"
+        squares = q.to(tl.float32) * q.to(tl.float32) * (0.5 * scale * scale2)
+        most = tl.cast(limit, tl.float32) * LOG2_E
+        # The state of the softmax that `attend_kernel` left, with the output for its sum and 1 for its total.
+        place = (batch.to(tl.int64) * heads + head) * queries + query
+        peak = tl.load(lse_ptr + place, mask=exists, other=float("-inf")) * LOG2_E
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        steps = (queries.to(tl.int64) * heads * DV, DV, heads.to(tl.int64) * DV)
+        acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
+        groups = blocks.to(tl.int64) * CLUSTERS
+        SPAN: tl.constexpr = BN // CLUSTERS * UNIT
+        for key0 in tl.range(low, high, SPAN):
+            key = key0 + tl.arange(0, SPAN)
+            inside = key < high
+            # A key that may not be seen is in no bundle either.
+            unread = tl.load(bundle_of_ptr + row * room + key - base, mask=inside, other=0) >= bundles
+            unread = load_allowed(allowed_ptr, batch, keys, key, inside & unread, KEYS)
+            member = tl.load(member_ptr + kv_bh * blocks * UNIT + key, mask=inside, other=0).to(tl.int32)
+            member += tl.arange(0, SPAN) // UNIT * CLUSTERS
+            left = tl.histogram(member, BN, mask=unread)
+            number = key0 // UNIT * CLUSTERS + tl.arange(0, BN)
+            there = number < groups
+            k = gather_rows(mean_k_ptr, (groups * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)
+            variance = gather_rows(variance_ptr, (groups * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)
+            spread = tl.minimum(tl.dot(squares, variance.T, input_precision=PRECISION), most)
+            logits = tl.dot(q, k.T, input_precision="ieee") * scale2 + spread
+            logits += tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), float("-inf"))[None, :]
+            v = gather_rows(mean_v_ptr, (groups * DV, 0, DV), kv_bh, head, number, there, True, DV, BLOCK_DV)
+            acc, peak, total = _update((acc, peak, total), logits, v, 1.0)
+        _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)

@@ -1,0 +1,67 @@
+"""S2O sparse attention on a GPU: random calls against a float64 replay, long ones, and beyond 2^31 elements.
+
+Needs a CUDA device; `pytest -n 8 tests/gpu` compiles kernels side by side. Unwritten memory holds NaN (conftest.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from sparse_cases import SparseProblem, random_case, sparse_problem
+
+from s2o_inductor.sparse_policy import Geometry
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_cases(seed: int) -> None:
+    random_case(seed, device="cuda", small=False).check()
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.05, 0.5])
+def test_default_geometry_at_4096(budget: float) -> None:
+    sparse_problem(
+        1, (8, 2), (4096, 4096), (128, 128), torch.bfloat16, sharpness=3.0, device="cuda", geometry=Geometry(),
+        budgets=(budget,), max_density=0.5,
+    ).check()  # fmt: skip
+
+
+def test_beyond_two_to_the_31_elements() -> None:
+    """The last tiles of 600,000 tokens in a fused QKV projection: offsets of keys pass 2^31 elements."""
+    length = 600_000
+    fused = torch.randn(1, length, 48, 128, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (x.transpose(1, 2) for x in (fused[:, :, :2], fused[:, :, 32:33], fused[:, :, 40:41]))
+    assert k.stride(2) * (length - 1) > 2**31
+    case = SparseProblem(q[:, :, -200:] * 2, k, v, geometry=Geometry(), max_density=0.02)
+    case.check_replay(case.run(), *case.order())
+
+
+def test_bitwise_repeatable_and_the_same_in_ranges() -> None:
+    case = sparse_problem(
+        2, (8, 2), (3000, 3000), (128, 128), torch.bfloat16, device="cuda", padded=True, max_density=0.3
+    )  # fmt: skip
+    first = case.run()
+    for options in ({}, {}, {"workspace_bytes": 1 << 20}):
+        again = case.run(**options)
+        for field in dataclasses.fields(first):
+            assert torch.equal(getattr(first, field.name), getattr(again, field.name)), field.name
+
+
+def test_captured_in_a_cuda_graph() -> None:
+    """No call waits for the device or chooses by what a tensor holds, so a replay follows its inputs."""
+    case = sparse_problem(
+        1, (4, 2), (2000, 2000), (128, 128), torch.bfloat16, device="cuda", budgets=(0.0, 0.1, 0.3, 0.3)
+    )
+    case.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.run()
+    for x in (case.q, case.k, case.v):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    fresh = case.run()
+    assert torch.equal(captured.output, fresh.output) and torch.equal(captured.bundles, fresh.bundles)

@@ -1,0 +1,257 @@
+"""What the sparse CUDA kernels must compute once they have chosen: a replay of their choice in plain torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import math
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2o_inductor.kernels import reference_sparse
+from s2o_inductor.kernels.reference_sparse import Sparse
+from s2o_inductor.kernels.tail_groups import Groups, tail_groups
+from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
+
+# Bins of the order hold scores that differ by an eighth; smoothing is over means of probabilities, in float32.
+BIN = 1.126
+SMALL = Geometry(bundle=64, horizon=2, sink=64, block=64, rounds=2)
+
+
+@dataclasses.dataclass
+class SparseProblem:
+    """A call of `cuda_sparse.forward`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    budgets: tuple[float, ...] = (0.1,)
+    scale: float | None = None
+    causal: bool = True
+    window: int | None = None
+    keys: Tensor | None = None
+    max_density: float = 1.0
+    geometry: Geometry = SMALL
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in ("budgets", "scale", "causal", "window", "keys", "geometry")
+        }  # fmt: skip
+
+    def run(self, **options: Any) -> Sparse:
+        from s2o_inductor.kernels import cuda_sparse
+
+        return cuda_sparse.forward(
+            self.q, self.k, self.v, max_density=self.max_density, **{**self.options, **options}
+        )  # fmt: skip
+
+    def order(self) -> tuple[Tensor, Tensor]:
+        """Page table and counts of all tiles, as `forward` makes them."""
+        from s2o_inductor.kernels import triton_sparse_order
+        from s2o_inductor.kernels.operands import aligned, positive_scale
+        from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
+
+        tiling = Tiling(self.q.shape[2], self.k.shape[2], self.causal, self.window, self.geometry)
+        q, scale, _ = positive_scale(self.q, self.factor)
+        k = aligned(self.k)
+        ranking = triton_sparse_order.rank(aligned(q), k, scale, tiling, Padding.of(self.keys))
+        density = fractions.Fraction(self.max_density).limit_denominator(1 << 20)
+        order = triton_sparse_order.order(ranking, k, tiling, density, 0, tiling.count)
+        return order.table.cpu(), order.listed.cpu()
+
+    @property
+    def factor(self) -> float:
+        return self.q.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    def tiles(self) -> list[tuple[int, int, int, int]]:
+        """(start, end, low, high) of each tile, from the reference."""
+        length = self.k.shape[2]
+        return [
+            (start, end, *reference_sparse._prefix(start, end, length, self.causal, self.window, self.geometry))
+            for start, end in reference_sparse.tiles_of(self.q.shape[2], length, self.geometry.tile)
+        ]
+
+    def check(self, **options: Any) -> Sparse:
+        """Asserts that result, statistics and stops are right for the order that was chosen, and the order itself."""
+        result = self.run(**options)
+        table, listed = self.order()
+        self.check_order(table, listed)
+        return self.check_replay(result, table, listed)
+
+    def check_order(self, table: Tensor, listed: Tensor) -> None:
+        """Each token once, no hidden one, as many as the density allows, and by falling score up to a bin."""
+        group = self.q.shape[1] // self.k.shape[1]
+        q, k = self.q.cpu().float(), self.k.cpu().float()
+        for b in range(k.shape[0]):
+            for head in range(k.shape[1]):
+                for t, (start, end, low, high) in enumerate(self.tiles()):
+                    hidden = ~self._allowed(b)[low:high]
+                    rows = slice(start - k.shape[2] + q.shape[2], end - k.shape[2] + q.shape[2])
+                    scores = reference_sparse.token_scores(
+                        q[b, head * group : (head + 1) * group, rows], k[b, head, low:high], self.factor,
+                        self.geometry.sub_means, self.geometry.smoothing, hidden,
+                    )  # fmt: skip
+                    ranked, count = int((~hidden).sum()), int(listed[b, head, t])
+                    assert count == min(ranked, self._most(ranked) * self.geometry.bundle)
+                    chosen = table[b, head, t, :count].long()
+                    assert (table[b, head, t, count:] == -1).all()
+                    assert chosen.unique().numel() == count, "a token is listed twice"
+                    if not count:
+                        continue
+                    assert int(chosen.min()) >= low and int(chosen.max()) < high
+                    assert not hidden[chosen - low].any(), "a hidden token is listed"
+                    # Below 2^-31 all tokens share the last bin.
+                    found = scores[chosen - low].clamp(min=2.0**-31)
+                    later = torch.cat([found, self._unlisted(scores, chosen - low, hidden)]).flip(0)
+                    worst = float((later.cummax(0).values.flip(0)[:count] / found).max())
+                    slack = BIN * (1.02 if self.q.dtype == torch.float32 else 1.1)
+                    assert worst < slack, f"tile {t}: a token of {worst:.3f} times the score comes later"
+
+    def _unlisted(self, scores: Tensor, chosen: Tensor, hidden: Tensor) -> Tensor:
+        rest = ~hidden
+        rest[chosen] = False
+        return scores[rest].clamp(min=2.0**-31)
+
+    def _allowed(self, b: int) -> Tensor:
+        length = self.k.shape[2]
+        return torch.ones(length, dtype=torch.bool) if self.keys is None else self.keys[b].cpu()
+
+    def _most(self, ranked: int) -> int:
+        return math.ceil(math.ceil(self.max_density * ranked) / self.geometry.bundle)
+
+    def check_replay(self, result: Sparse, table: Tensor, listed: Tensor) -> Sparse:
+        """Output and lse against float64 with the same selection; stops, tail estimates and counts against theirs."""
+        batch, heads, queries, _ = self.q.shape
+        group, bundle = heads // self.k.shape[1], self.geometry.bundle
+        length = self.k.shape[2]
+        gold, low = (self._empty(dtype) for dtype in (torch.float64, self.q.dtype))
+        pairs, visible = (torch.zeros(batch, heads, dtype=torch.int64) for _ in range(2))
+        budgets = self.budgets * heads if len(self.budgets) == 1 else self.budgets
+        for b in range(batch):
+            for h in range(heads):
+                for t, (start, end, first, last) in enumerate(self.tiles()):
+                    sees = reference_sparse._visible(start, end, length, self.causal, self.window, self._allowed(b))
+                    rows = slice(start - length + queries, end - length + queries)
+                    read = int(result.bundles[b, h, t])
+                    chosen = torch.ones(length, dtype=torch.bool)
+                    order = table[b, h // group, t, : int(listed[b, h // group, t])].long()
+                    if budgets[h] == 0:
+                        assert read == -(-int(self._allowed(b)[first:last].sum()) // bundle)
+                    else:
+                        chosen[first:last] = False
+                        chosen[order[: read * bundle]] = True
+                        at = (b, h, t)
+                        self._check_stop(at, rows, sees, slice(first, last), order, result, budgets[h])
+                    for (output, lse), dtype in ((gold, torch.float64), (low, self.q.dtype)):
+                        x = [
+                            y.cpu().to(dtype)
+                            for y in (self.q[b, h, rows], self.k[b, h // group], self.v[b, h // group])
+                        ]
+                        output[b, h, rows], lse[b, h, rows] = reference_sparse._attend(
+                            *x, sees, slice(first, last), chosen, self.factor, self._groups(b, h // group, dtype),
+                            self.geometry.limit,
+                        )  # fmt: skip
+                    pairs[b, h] += (sees & chosen).sum()
+                    visible[b, h] += sees.sum()
+        assert torch.equal(result.pairs.cpu(), pairs) and torch.equal(result.visible.cpu(), visible)
+        assert_close_to_gold(result.output.cpu(), low[0], gold[0], what="output")
+        assert_close_to_gold(result.lse.cpu(), low[1].float(), gold[1], what="lse", dtype=self.q.dtype)
+        assert result.output.transpose(1, 2).is_contiguous()
+        return result
+
+    def _groups(self, b: int, head: int, dtype: torch.dtype) -> Groups | None:
+        """The groups of one key/value head: assigned in float32, whatever the type of their means."""
+        if not self.geometry.clusters:
+            return None
+        k, v = (x[b, head].cpu().to(dtype) for x in (self.k, self.v))
+        return tail_groups(k, v, ~self._allowed(b), self.geometry)
+
+    def _empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        shape = (*self.q.shape[:3], self.v.shape[3])
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape[:3], dtype=dtype)
+
+    def _check_stop(
+        self, at: tuple[int, int, int], rows: slice, sees: Tensor, prefix: slice, order: Tensor, result: Sparse,
+        budget: float,
+    ) -> None:  # fmt: skip
+        """The kernel stopped at the first bundle whose worst estimated tail is within the budget, up to rounding."""
+        b, h, _ = at
+        bundle, group = self.geometry.bundle, self.q.shape[1] // self.k.shape[1]
+        logits = self.q[b, h, rows].cpu().double() @ self.k[b, h // group].cpu().double().T * self.factor
+        logits = logits.masked_fill(~sees, float("-inf"))
+        read, ranked = int(result.bundles[at]), int(self._allowed(b)[prefix].sum())
+        assert read <= -(-order.numel() // bundle) and (read > 0) == (order.numel() > 0)
+        dense = logits.clone()
+        dense[:, prefix] = float("-inf")
+        mass = dense.logsumexp(dim=1)
+        left = worst = torch.zeros(logits.shape[0], dtype=torch.float64)
+        slack = 1e-3 if self.q.dtype == torch.float32 else 5e-2
+        for number in range(read):
+            tokens = order[number * bundle : (number + 1) * bundle]
+            after = torch.logaddexp(mass, logits[:, tokens].logsumexp(dim=1))
+            gain = -torch.expm1(mass - after)
+            ratio = (ranked - number * bundle - tokens.numel()) / tokens.numel()
+            rest, assumed = ratio * gain, max(ratio, self.geometry.horizon) * gain if ratio else 0 * gain
+            left, worst, mass = rest / (1 + rest), assumed / (1 + assumed), after
+            if number + 1 < read:
+                assert float(worst.max()) > budget * (1 - slack), "read on though the budget was kept"
+        if read * bundle < order.numel():
+            assert float(worst.max()) <= budget * (1 + slack), "stopped before the budget was kept"
+        assert abs(float(result.tail[at]) - float(left.mean())) < slack
+
+
+def sparse_problem(
+    batch: int = 1,
+    heads: tuple[int, int] = (2, 1),
+    lengths: tuple[int, int] = (320, 320),
+    widths: tuple[int, int] = (16, 16),
+    dtype: torch.dtype = torch.float16,
+    *,
+    seed: int = 0,
+    sharpness: float = 2.0,
+    padded: bool = False,
+    layout: str = "heads_last",
+    device: str = "cpu",
+    **options: Any,
+) -> SparseProblem:
+    """Standard normal operands, q times `sharpness`, so that some tokens count and most do not."""
+    q, k, v, _ = attention_inputs(batch, heads, lengths, widths, dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if padded:  # the first entry is padded on the left, whole tiles of it, the others have holes
+        options["keys"] = torch.rand(batch, lengths[1], generator=generator) < 0.7
+        options["keys"][0] = torch.arange(lengths[1]) >= lengths[1] // 2
+        options["keys"] = options["keys"].to(device)
+    return SparseProblem(
+        *(in_memory(x.to(device), layout) for x in (q * sharpness, k, v)), **options
+    )  # fmt: skip
+
+
+def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> SparseProblem:
+    """Sizes, types, masks, budgets and memory layouts drawn from `seed`; `small` suits the interpreter."""
+    draw = random.Random(seed)
+    group, kv_heads = draw.choice([1, 2] if small else [1, 2, 4, 7]), draw.choice([1, 2])
+    tile, block = draw.choice([(128, 128), (128, 64), (128, 64), (64, 32), (32, 16), (128, 1)])
+    geometry = Geometry(
+        tile=tile, block=block, clusters=min(draw.choice([0, 1, 4, 4, 8]), block), rounds=draw.choice([1, 4]),
+        sink=draw.choice([0, 1, 2]) * block, bundle=draw.choice([64, 128]),
+        sub_means=draw.choice([1, 4, 8]), smoothing=draw.choice([1, 3, 9]),
+    )  # fmt: skip
+    keys = draw.choice([1, 70, 300, 383] if small else [1, 63, 128, 500, 1000, 1777, 4500])
+    queries = min(keys, draw.choice([1, 50, 128, 150] if small else [1, 17, 128, 300, 999, 1024]))
+    causal = draw.random() < 0.75
+    heads = group * kv_heads
+    return sparse_problem(
+        draw.choice([1, 2]), (heads, kv_heads), (queries, keys),
+        draw.choice([(16, 16), (24, 40)] if small else [(64, 64), (128, 128), (80, 80), (192, 128), (256, 256)]),
+        draw.choice([torch.float16, torch.float32] if small else [torch.bfloat16] * 6 + [torch.float16, torch.float32]),
+        seed=seed, sharpness=draw.choice([0.5, 2.0, 5.0]), padded=draw.random() < 0.25, device=device,
+        layout=draw.choice(LAYOUTS), causal=causal, geometry=geometry,
+        window=draw.choice([1, 100, 200, 5000]) if causal and draw.random() < 0.3 else None,
+        budgets=tuple(draw.choice([0.0, 0.01, 0.3, 0.9]) for _ in range(heads)),
+        max_density=draw.choice([0.2, 0.5, 1.0]), scale=draw.choice([None, None, 0.2, -0.1]),
+    )  # fmt: skip

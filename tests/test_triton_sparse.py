@@ -1,0 +1,221 @@
+"""The sparse Triton kernels in Triton's interpreter: their choice against the reference, their result given it.
+
+The order is exact up to bins, so outputs are compared with a replay of the kernels' own selection; see
+tests/sparse_cases.py. What the interpreter cannot show, a GPU does: see tests/gpu/test_sparse_gpu.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from sparse_cases import SparseProblem, random_case, sparse_problem
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from s2o_inductor.kernels import reference
+from s2o_inductor.kernels.reference_sparse import sparse_attention
+from s2o_inductor.mask_spec import MaskSpec
+from s2o_inductor.sparse_policy import Geometry, SparsePolicy
+from s2o_inductor.testing import assert_close_to_gold
+
+CASES: dict[str, dict[str, Any]] = {
+    "stopped by the density": {"max_density": 0.4, "budgets": (0.01,)},
+    "a budget for each head, one of them 0": {"budgets": (0.0, 0.3), "lengths": (300, 330), "sharpness": 4.0},
+    "padding": {"batch": 2, "padded": True, "max_density": 0.5, "budgets": (0.2,), "lengths": (60, 300)},
+    "window": {"window": 190, "max_density": 0.4, "lengths": (120, 420)},
+    "window and padding": {"batch": 2, "padded": True, "window": 190, "lengths": (70, 420), "layout": "gaps"},
+    "not causal": {"causal": False, "max_density": 0.3, "lengths": (130, 340)},
+    "groups of four, widths apart": {
+        "heads": (4, 1), "widths": (40, 72), "budgets": (0.5,), "lengths": (60, 300), "layout": "every_other",
+    },
+    "float32": {"dtype": torch.float32, "max_density": 0.4},
+    "blocks of 16": {
+        "geometry": Geometry(tile=32, sink=16, bundle=64, sub_means=4, smoothing=3, block=16, clusters=2),
+        "lengths": (70, 170), "max_density": 0.5,
+    },
+    "tail dropped": {"geometry": Geometry(bundle=64, sink=0, clusters=0), "lengths": (140, 301), "max_density": 0.5},
+    "no sinks, one mean": {
+        "geometry": Geometry(bundle=64, sink=0, sub_means=1, smoothing=1, limit=0.1),
+        "lengths": (30, 300), "max_density": 0.5,
+    },
+    "all in the dense part": {"lengths": (5, 40)},
+    "fewer queries than means": {"lengths": (3, 400), "max_density": 0.3},
+    "negative scale": {"scale": -0.3, "max_density": 0.3, "lengths": (128, 320)},
+    "scale zero": {"scale": 0.0, "max_density": 0.3, "lengths": (128, 320)},
+    "more than a segment of keys": {"lengths": (20, 4700), "max_density": 0.05, "heads": (1, 1)},
+}  # fmt: skip
+
+
+def check_ranges() -> None:
+    """Tiles worked on one at a time give what all at once do, bit for bit: nothing depends on how work is laid out."""
+    case = sparse_problem(max_density=0.4)
+    whole, parts = case.run(), case.run(workspace_bytes=1)
+    for field in dataclasses.fields(whole):
+        assert torch.equal(getattr(whole, field.name), getattr(parts, field.name)), field.name
+
+
+def check_chunks() -> None:
+    """A prefill in chunks of whole tiles gives what it does at once."""
+    case = sparse_problem(lengths=(320, 320), max_density=0.4)
+    whole = case.run()
+    first = dataclasses.replace(case, q=case.q[:, :, :128], k=case.k[:, :, :128], v=case.v[:, :, :128]).run()
+    second = dataclasses.replace(case, q=case.q[:, :, 128:]).run()
+    assert torch.equal(torch.cat([first.output, second.output], dim=2), whole.output)
+    assert torch.equal(torch.cat([first.lse, second.lse], dim=2), whole.lse)
+    assert torch.equal(torch.cat([first.bundles, second.bundles], dim=2), whole.bundles)
+
+
+def check_future() -> None:
+    """Keys and values that come after a tile change nothing in it, its choice included."""
+    case = sparse_problem(lengths=(300, 300), max_density=0.4)
+    changed = dataclasses.replace(case, k=case.k.clone(), v=case.v.clone())
+    changed.k[:, :, 256:] *= -3
+    changed.v[:, :, 256:] += 1
+    first, second = case.run(), changed.run()
+    assert torch.equal(first.output[:, :, :256], second.output[:, :, :256])
+    assert not torch.equal(first.output[:, :, 256:], second.output[:, :, 256:])
+
+
+def check_explicit_table() -> None:
+    """A caller's table in any order; all of it read is exact attention, half of it what the replay says."""
+    from s2o_inductor.kernels import cuda_sparse
+
+    case = sparse_problem(lengths=(150, 300), budgets=(1e-9,))
+    table, listed = case.order()
+    for row, count in zip(table.view(-1, table.shape[3]), listed.flatten().tolist(), strict=True):
+        row[:count] = row[torch.randperm(count, generator=torch.Generator().manual_seed(3))]
+    options = {**case.options, "budgets": (0.0,)}
+    result = cuda_sparse.attend(case.q, case.k, case.v, table[..., : int(listed.max())], listed, **options)
+    visible = torch.ones(150, 300, dtype=torch.bool).tril(150)
+    gold, _ = reference.attention(case.q.double(), case.k.double(), case.v.double(), visible=visible)
+    low, _ = reference.attention(case.q, case.k, case.v, visible=visible)
+    assert_close_to_gold(result.output, low, gold)
+    assert torch.equal(result.pairs, result.visible)
+    half = listed // 2
+    part = cuda_sparse.attend(case.q, case.k, case.v, table, half, **options)
+    dataclasses.replace(case, budgets=(1e-9,)).check_replay(part, table, half)
+
+
+def check_budgets_are_monotone() -> None:
+    """A smaller budget never reads less; budget 0 is exact attention, whatever the density."""
+    case = sparse_problem(lengths=(100, 320), max_density=0.3)
+    read = [dataclasses.replace(case, budgets=(b,), max_density=1.0).run().bundles for b in (0.9, 0.3, 1e-9)]
+    assert all((a <= b).all() for a, b in itertools.pairwise(read)) and (read[0] < read[-1]).any()
+    exact = dataclasses.replace(case, budgets=(0.0,)).run()
+    full = sparse_attention(case.q.double(), case.k.double(), case.v.double(), budgets=(0.0,), geometry=case.geometry)
+    low = sparse_attention(case.q, case.k, case.v, budgets=(0.0,), geometry=case.geometry)
+    assert_close_to_gold(exact.output, low.output, full.output)
+    assert torch.equal(exact.bundles, full.bundles) and not exact.tail.any()
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    **{name: (lambda fields=fields: sparse_problem(**fields).check()) for name, fields in CASES.items()},
+    **{f"random {seed}": (lambda seed=seed: random_case(seed).check()) for seed in range(4)},
+    "tiles in ranges": check_ranges,
+    "prefill in chunks": check_chunks,
+    "no look into the future": check_future,
+    "a table of the caller's": check_explicit_table,
+    "budgets are monotone, 0 is exact": check_budgets_are_monotone,
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return interpreter.report_of(__file__)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_sparse_kernels_in_the_interpreter(name: str, report: dict[str, str]) -> None:
+    assert report[name] == "", report[name]
+
+
+def test_ranges_cover_all_tiles_and_fit_the_workspace() -> None:
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import cuda_sparse, triton_sparse_order
+    from s2o_inductor.kernels.triton_sparse_tiles import Tiling
+
+    density = fractions.Fraction(1, 10)
+    for queries, keys, window in ((131_072, 131_072, None), (70_000, 131_072, 4096), (5, 131_072, None), (9, 9, None)):
+        tiling = Tiling(queries, keys, True, window, Geometry())
+        for most in (1, 64 << 20, 1 << 40):
+            found = sorted(cuda_sparse.ranges(tiling, density, 8, most))
+            assert [tile for first, count in found for tile in range(first, first + count)] == [*range(tiling.count)]
+            assert len(found) == 1 or most < 1 << 40
+            for first, count in found:
+                assert count == 1 or 8 * count * triton_sparse_order.row_bytes(tiling, first, count, density) <= most
+
+
+def problem_with(**fields: Any) -> SparseProblem:
+    return dataclasses.replace(sparse_problem(lengths=(20, 30)), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budgets": (0.1, 0.2, 0.3)}, "one or 2 numbers"),
+        ({"budgets": (-0.1,)}, "at least 0"),
+        ({"max_density": 0.0}, r"max_density must be in \(0, 1\]; got 0.0"),
+        ({"window": 3, "causal": False}, "a window goes with causal"),
+        ({"keys": torch.ones(1, 29, dtype=torch.bool)}, r"keys must be bool \(1, 30\)"),
+        ({"k": torch.zeros(1, 1, 10, 16, dtype=torch.float16), "v": torch.zeros(1, 1, 10, 16, dtype=torch.float16)},
+         "as many keys as queries; got 20 and 10"),
+        ({"q": torch.zeros(1, 2, 20, 16, dtype=torch.float64)}, "got torch.float64"),
+        ({"v": torch.zeros(1, 2, 30, 16, dtype=torch.float16)}, "Hq a multiple of Hkv"),
+        ({"geometry": Geometry(tile=96, sink=0, block=32)}, "tile of a power of two, 16 to 128; got 96"),
+        ({"geometry": Geometry(bundle=100)}, "multiple of 64 keys; got 100"),
+        ({"v": torch.zeros(1, 1, 30, 300, dtype=torch.float16)}, "wider than 256: 300"),
+        ({"q": torch.zeros(1, 17, 20, 16, dtype=torch.float16)}, "17 query heads of a key/value head"),
+        ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_say_what_is_wrong(fields: dict[str, Any], message: str) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=message):
+        problem_with(**fields).run()
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "route", "reason"),
+    [
+        (8, 64, "triton", None),
+        (34, 64, "triton", "17 query heads of a key/value head"),
+        (8, 264, "triton", "wider than 256: 264"),
+        (8, 64, "math", "no Triton kernel"),
+    ],
+)
+def test_what_the_kernels_do_not_take_stays_dense(heads: int, width: int, route: str, reason: str | None) -> None:
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import cuda_sparse, dense, sparse
+
+    call = dense.Call.of(
+        *torch.zeros(3, 1, 2, 600, 16), mask=None, leaves=(), plan=(), params=(), sinks=None, seed=None,
+        spec=MaskSpec(upper="0"), scale=0.25, dropout_p=0.0,
+    )  # fmt: skip
+    call = dataclasses.replace(call, route=route)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, n, 600, width, dtype=torch.float16, device="cuda") for n in (heads, 2, 2))
+        why = sparse.why_dense(call, q, k, v, SparsePolicy((0.5,)))
+    assert why is None if reason is None else why is not None and reason in why
+    assert sparse._kernel("cuda") is cuda_sparse.forward
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 64), (1, 2, 1, 64)])
+def test_a_table_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import cuda_sparse
+
+    case = sparse_problem(lengths=(20, 30))
+    table: Tensor = torch.zeros(shape, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"must be int32 \(1, 1, 1, 'places'\)"):
+        cuda_sparse.attend(case.q, case.k, case.v, table, table[..., 0])
+
+
+if __name__ == "__main__":
+    interpreter.main(CHECKS)
