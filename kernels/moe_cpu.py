@@ -39,7 +39,7 @@ class Experts:
     def of(
         cls, spec: ExpertSpec, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None
     ) -> Experts:
-        first = (w1,) if w3 is None else (w1, w3)
+        first: tuple[Tensor, ...] = (w1,) if w3 is None else (w1, w3)
         if spec.transposed:
             first, w2 = tuple(w.mT for w in first), w2.mT
         return cls(spec, first, w2, b1, b2)

@@ -239,9 +239,9 @@ def _autocast_rule(device_type: str) -> Any:
     def experts_autocast(
         z: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        z, *biases = (None if x is None else x.to(w1.dtype) for x in (z, b1, b2))
+        biases = [None if x is None else x.to(w1.dtype) for x in (b1, b2)]
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.s2o.moe_experts(z, w1, w2, w3, *biases, *rest)
+            return torch.ops.s2o.moe_experts(z.to(w1.dtype), w1, w2, w3, *biases, *rest)
 
     return experts_autocast
 
