@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from s2o_inductor import mask_spec
 from s2o_inductor.config import S2OConfig
 from s2o_inductor.errors import DeclinedError, VerificationError
-from s2o_inductor.passes import attention, masks, mha, rewrite, verify, verify_mask
+from s2o_inductor.passes import attention, masks, mha, moe_rewrite, rewrite, verify, verify_mask
 from s2o_inductor.passes.records import AttentionSite, Declined, Recorder
 
 log = logging.getLogger("s2o_inductor")
@@ -41,6 +41,8 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, config: S2OConfig, recorder: Record
         if isinstance(module, fx.GraphModule) and id(module.graph) not in seen:
             seen.add(id(module.graph))
             _rewrite_graph(module, config, recorder, names)
+            if "moe" not in config.disable:
+                moe_rewrite.rewrite_experts(module, config, recorder, names.new)
     recorder.spent("stage 1", time.perf_counter() - start)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+import s2o_inductor.moe_ops
 import s2o_inductor.ops  # noqa: F401  registers the operators named below
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.passes.records import AttentionSite, MaskOperand, Operand
+from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand
 
+MOE_EXPERTS = torch.ops.s2o.moe_experts.default
 ATTENTION = torch.ops.s2o.attention.default
 ATTENTION_BACKWARD = torch.ops.s2o.attention_backward.default
 ATTENTION_MASK = torch.ops.s2o.attention_mask.default
@@ -51,6 +53,32 @@ def replace_attention(graph: fx.Graph, site: AttentionSite, name: str) -> fx.Nod
         if any(operand.node.meta["example_value"].dtype != wanted for operand in (site.q, site.k, site.v)):
             result = graph.call_method("to", (result, wanted))
     for node in (pair, result):
+        node.meta.update(_shared_meta(output))
+    result.meta["example_value"] = output.meta["example_value"]
+    output.replace_all_uses_with(result)
+    for node in sorted(site.region, key=_position(graph), reverse=True):
+        graph.erase_node(node)
+    return result
+
+
+def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
+    """Puts one `s2o::moe_experts` in place of a site, erases the site's own nodes, and returns the new output."""
+    output, values = site.output, [node and node.meta["example_value"] for node in site.operands()]
+    keep = output.meta["example_value"].requires_grad
+    with graph.inserting_before(output):
+        operands = list(site.operands())
+        added = []
+        if values[0].dtype != values[1].dtype:
+            operands[0] = graph.call_method("to", (site.tokens, values[1].dtype))
+            added.append(operands[0])
+        pair = graph.call_function(MOE_EXPERTS, (*operands, site.spec.text(), keep, name))
+        result = graph.call_function(operator.getitem, (pair, 0))
+        added += [pair, result]
+        if output.meta["example_value"].dtype != values[1].dtype:
+            result = graph.call_method("to", (result, output.meta["example_value"].dtype))
+            added.append(result)
+    for node in added:
+        assert node is not None
         node.meta.update(_shared_meta(output))
     result.meta["example_value"] = output.meta["example_value"]
     output.replace_all_uses_with(result)

@@ -10,7 +10,7 @@ from s2o_inductor.errors import OptionError, nearest
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Verify = Literal["first", "always", "off"]
-PASSES = ("attention", "multi-head", "lift-masks")
+PASSES = ("attention", "multi-head", "lift-masks", "moe")
 _PREFIX = "s2o."
 
 

@@ -85,6 +85,16 @@ def moe_experts(
     return torch.ops.s2o.moe_experts(z, w1, w2, w3, b1, b2, ids, p, spec.text(), keep, site)[0]
 
 
+def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:
+    """The activation of a formula by itself, for passes that compare: (rows, halves * I) -> (rows, I).
+
+    With gate "separate" the gate's columns come first, then those of the up projection.
+    """
+    from s2o_inductor.kernels import moe_cpu
+
+    return moe_cpu.hidden(pre, spec)
+
+
 def has_kernel(device: torch.device) -> bool:
     """Whether `moe_experts` runs on a device in this version."""
     return device.type == "cpu"

@@ -1,0 +1,85 @@
+"""Routed experts of unchanged Hugging Face models: found, verified, and equal to eager in values and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from capture import capture
+
+import s2o_inductor
+from s2o_inductor.passes import moe
+
+transformers = pytest.importorskip("transformers")
+BASE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+MODELS = {
+    "qwen3": ("Qwen3MoeConfig", {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+}
+
+
+def build(name: str, implementation: str) -> torch.nn.Module:
+    config, fields = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**BASE, **fields))
+    model.set_experts_implementation(implementation)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_is_rewritten_and_trains_as_in_eager(name: str, implementation: str) -> None:
+    model = build(name, implementation)
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens, use_cache=False).logits
+    grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="s2o", options={"inner": "aot_eager", "disable": ["attention"]})
+    actual = compiled(tokens, use_cache=False).logits
+    found = torch.autograd.grad(actual.square().sum(), list(model.parameters()))
+    sites = [site for site in s2o_inductor.last_report().to_dict()["sites"] if site["kind"] == "moe"]
+    assert [(site["status"], site["reason"]) for site in sites] == [("rewritten", None)] * 2
+    assert all(site["verified"].startswith("verified") and site["route"] == "cpu-grouped" for site in sites)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    scale = max(float(x.abs().max()) for x in grads)
+    for one, other in zip(found, grads, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * scale
+
+
+def layer(reuse: bool) -> Any:
+    """A grouped layer of which, with `reuse`, the outputs of single experts leave it as well."""
+
+    def function(x: Any, w1: Any, w2: Any, scores: Any) -> Any:
+        p, ids = scores.topk(2, dim=-1)
+        chosen, order = torch.sort(ids.reshape(-1))
+        y = torch.bmm(w1[chosen], x[order // 2].unsqueeze(-1)).squeeze(-1).relu().square()
+        y = torch.bmm(w2[chosen], y.unsqueeze(-1)).squeeze(-1)
+        total = torch.zeros_like(x).index_add(0, order // 2, y * p.reshape(-1)[order].unsqueeze(-1))
+        return (total, y) if reuse else total
+
+    return function
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_hand_written_layer_is_found_unless_its_inside_is_shown(reuse: bool) -> None:
+    args = torch.randn(7, 6), torch.randn(5, 4, 6), torch.randn(5, 6, 4), torch.randn(7, 5)
+    gm, _ = capture(layer(reuse), *args)
+    before = str(gm.graph)
+    sites, declined = moe.find_experts(gm.graph)
+    assert str(gm.graph) == before
+    if reuse:
+        assert not sites
+        assert [refusal.reason for refusal in declined] == [
+            "what single experts give is used other than in a weighted sum"
+        ]
+    else:
+        assert not declined
+        assert [site.spec.describe() for site in sites] == ["relu2, weight on output"]
