@@ -11,7 +11,6 @@ the op (`moe_verify.py`). The graph is never edited.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 
 import torch
@@ -19,20 +18,21 @@ from torch import fx
 
 from s2o_inductor.moe_ops import has_kernel
 from s2o_inductor.moe_spec import Score
-from s2o_inductor.passes.flow import Flow, written
+from s2o_inductor.passes.flow import Flow
 from s2o_inductor.passes.graph_utils import (
     Refusal,
+    Size,
     argument,
     dtype_of,
     fake,
     op_name,
     plain,
-    product_of_sizes,
     same,
     shape_of,
     where,
 )
 from s2o_inductor.passes.moe_activation import read_activation
+from s2o_inductor.passes.moe_region import region_of
 from s2o_inductor.passes.records import Declined, ExpertsSite
 
 _CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "double"))
@@ -208,7 +208,7 @@ def _read_site(flow: Flow, first: list[Product], last: Product) -> ExpertsSite:
     spec = dataclasses.replace(activation.spec, score=score, transposed=last.transposed)
     operands = [tokens, w1, last.weight, ids, weights, w3, activation.bias, b2]
     _check_operands(operands, first[0].node, output)
-    region = _region(flow, output, {one for one in operands if one is not None})
+    region = region_of(flow, output, {one for one in operands if one is not None})
     return ExpertsSite(
         where(first[0].node), output, region, tokens, w1, last.weight, ids, weights, spec, w3, activation.bias, b2
     )
@@ -256,7 +256,7 @@ def _rows_and_factor(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     raise Refusal("the experts' rows are multiplied by something other than one weight per row")
 
 
-def _read_choices(flow: Flow, routings: Iterable[fx.Node], tokens: object) -> fx.Node:
+def _read_choices(flow: Flow, routings: Iterable[fx.Node], tokens: Size) -> fx.Node:
     """The matrix (T, K) of expert numbers from which offsets and indices are computed.
 
     Raises:
@@ -281,9 +281,9 @@ def _read_choices(flow: Flow, routings: Iterable[fx.Node], tokens: object) -> fx
     return found.pop()
 
 
-def _is_choices(node: fx.Node, tokens: object) -> bool:
+def _is_choices(node: fx.Node, tokens: Size) -> bool:
     value = fake(node)
-    return value is not None and value.dtype in _INTEGERS and value.dim() == 2 and same(shape_of(node)[0], tokens)  # type: ignore[arg-type]
+    return value is not None and value.dtype in _INTEGERS and value.dim() == 2 and same(shape_of(node)[0], tokens)
 
 
 def _read_scores(flow: Flow, reader: fx.Node, factor: fx.Node, ids: fx.Node) -> fx.Node:
@@ -357,57 +357,3 @@ def _check_operands(operands: Iterable[fx.Node | None], product: fx.Node, output
     assert value is not None
     if not has_kernel(value.device):
         raise Refusal(f"no {value.device.type.upper()} kernel in this version")
-
-
-def _region(flow: Flow, output: fx.Node, operands: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """Every node that computes only this site.
-
-    Raises:
-        Refusal: the site reads, writes or shows something besides its operands and its output.
-    """
-    region: set[fx.Node] = set()
-    pending = [output]
-    while pending:
-        node = pending.pop()
-        if node in region or node in operands or isinstance(fake_scalar(node), (int, torch.SymInt)):
-            continue
-        if node.op in ("placeholder", "get_attr"):
-            raise Refusal(f"the experts read '{node.name}', which is neither token, weight nor routing")
-        region.add(node)
-        for source in node.all_input_nodes:
-            value = flow.read(node, source)
-            if value is None and fake(source) is not None:
-                # Torn: an indexed assignment fills a buffer of the site itself.
-                pending += [one for one in flow.names_of(source) if one in operands or written(one)]
-            pending += [one for one in (source, value) if one is not None]
-    _absorb(flow, region, output)
-    for node in region:
-        if node is not output and any(user not in region for user in node.users):
-            raise Refusal(f"'{node.name}', computed within the experts, is used elsewhere")
-        if flow.ambient[node] != flow.ambient[output]:
-            raise Refusal("the gradient mode or autocast changes within the experts")
-        if written(node) and any(other not in region for other in flow.names_of(node)):
-            raise Refusal(f"'{node.name}' writes in place to a tensor that is used elsewhere")
-    for node, source in itertools.chain.from_iterable(((n, s) for s in n.all_input_nodes) for n in region):
-        if source in operands and flow.written_between(source, node, output, region):
-            raise Refusal(f"'{source.name}' is changed in place while the experts run")
-    if product_of_sizes(shape_of(output)) == 0:
-        raise Refusal("there are no tokens")
-    return tuple(sorted(region, key=flow.position.__getitem__))
-
-
-def fake_scalar(node: fx.Node) -> object:
-    """The example value of a node that is a number."""
-    value = node.meta.get("example_value")
-    return None if isinstance(value, torch.Tensor) else value
-
-
-def _absorb(flow: Flow, region: set[fx.Node], output: fx.Node) -> None:
-    """Takes in what looks at the site, or writes to its memory, without anyone reading the result."""
-    for node in reversed(flow.nodes):
-        if node in region or not op_name(node) or node.op == "output":
-            continue
-        reads = [source for source in node.all_input_nodes if source in region and source is not output]
-        alone = all(user in region for user in node.users)
-        if reads and alone and all(other in region or other is node for other in flow.names_of(node) if written(node)):
-            region.add(node)

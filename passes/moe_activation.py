@@ -157,7 +157,9 @@ def _candidates(nodes: list[fx.Node], products: int, narrow: bool) -> Iterator[t
 
     for node in nodes:
         fx.node.map_aggregate((node.args, dict(node.kwargs)), note)
-    alphas, limits, shifts = (list(dict.fromkeys((start, *sorted(constants)))) for start in (1.0, None, 0.0))  # type: ignore[type-var]
+    found = sorted(constants)
+    alphas, shifts = ([start, *(one for one in found if one != start)] for start in (1.0, 0.0))
+    limits: list[float | None] = [None, *found]
     gates: tuple[Any, ...] = ("none",) if narrow else ("half", "half_swapped", "interleaved")
     if products == 2:
         gates = ("separate",)
@@ -165,4 +167,4 @@ def _candidates(nodes: list[fx.Node], products: int, narrow: bool) -> Iterator[t
         for gate, activation, swapped in itertools.product(gates, get_args(Activation), (False, True)[:products]):
             if (gate == "none" and shift) or (alpha != 1.0 and activation != "silu"):
                 continue
-            yield ExpertSpec(activation, gate, alpha=alpha, limit=limit, shift=shift or 0.0), swapped
+            yield ExpertSpec(activation, gate, alpha=alpha, limit=limit, shift=shift), swapped

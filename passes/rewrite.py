@@ -63,18 +63,18 @@ def replace_attention(graph: fx.Graph, site: AttentionSite, name: str) -> fx.Nod
 
 def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
     """Puts one `s2o::moe_experts` in place of a site, erases the site's own nodes, and returns the new output."""
-    output, values = site.output, [node and node.meta["example_value"] for node in site.operands()]
+    output, computed = site.output, site.w1.meta["example_value"].dtype
     keep = output.meta["example_value"].requires_grad
     with graph.inserting_before(output):
         operands = list(site.operands())
         added = []
-        if values[0].dtype != values[1].dtype:
-            operands[0] = graph.call_method("to", (site.tokens, values[1].dtype))
+        if site.tokens.meta["example_value"].dtype != computed:
+            operands[0] = graph.call_method("to", (site.tokens, computed))
             added.append(operands[0])
         pair = graph.call_function(MOE_EXPERTS, (*operands, site.spec.text(), keep, name))
         result = graph.call_function(operator.getitem, (pair, 0))
         added += [pair, result]
-        if output.meta["example_value"].dtype != values[1].dtype:
+        if output.meta["example_value"].dtype != computed:
             result = graph.call_method("to", (result, output.meta["example_value"].dtype))
             added.append(result)
     for node in added:

@@ -17,7 +17,10 @@ BASE: dict[str, Any] = {
     "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64,
 }  # fmt: skip
 MODELS = {
-    "qwen3": ("Qwen3MoeConfig", {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3": (
+        "Qwen3MoeConfig",
+        {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    ),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 3}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 8, "num_experts_per_tok": 2}),
