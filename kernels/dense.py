@@ -205,13 +205,18 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     lse is float32, float64 for float64 inputs, so that gradients keep that precision.
     """
     output, lse = _module(q.device.type).forward(call, q, k, v)
-    lse = lse.to(lse_dtype(q.dtype))
+    return finish(call, output, lse, v)
+
+
+def finish(call: Call, output: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A kernel's output and lse with sinks, the meaning of empty rows and the strides that `forward` promises."""
+    lse = lse.to(lse_dtype(v.dtype))
     if call.sinks is not None:
         total = torch.logaddexp(lse, call.sinks.to(lse.dtype)[:, None])
         # Without a key the output is 0 already, and with a sink of -inf the difference would be NaN.
         share = (lse - total).masked_fill(lse == float("-inf"), float("-inf")).exp()
         output, lse = output.mul_(share[..., None]), total
-    if call.replaces_empty_rows and k.shape[2]:  # without keys every spelling of attention sums nothing
+    if call.replaces_empty_rows and v.shape[2]:  # without keys every spelling of attention sums nothing
         output = _fill_empty_rows(call, output, lse, v)
     return heads_last(output), _packed(lse)
 

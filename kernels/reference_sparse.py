@@ -6,11 +6,12 @@ through an index, until what is left is not worth reading. The steps, each a fun
     score   representatives of the tile's queries rank every token of the prefix        `token_scores`
     order   the prefix by falling score                                                 `token_order`
     attend  the dense part, then bundle after bundle of the order, until the stop rule  `sparse_attention`
-    tail    what was skipped stands in as pooled pseudo-keys, or is dropped             `pooled_tail`
+    tail    groups of like keys stand in for those of them that were skipped             `tail_groups`
 
 Two variants matter. The paper's: one mean query per segment of queries, stop when a bundle's share of the mass so
-far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `pool=0`). Ours: the mean of the softmax of
-several sub-means per tile, stop when the worst row's estimated tail falls under the budget, the tail pooled.
+far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `clusters=0`). Ours: the mean of the softmax of
+several sub-means per tile, stop when the worst row's estimated tail falls under the budget, and a tail of grouped
+keys, which on the heads of a trained model divides the error at equal density by ten (BENCHMARKS.md).
 
 Everything keeps the dtype of its inputs, so float64 gives the truth for a given selection.
 """
@@ -20,46 +21,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
+from s2o_inductor.sparse_policy import Geometry
+
 _HIDDEN = float("-inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Sizes that fix which keys a tile reads densely and which it ranks.
-
-    A tile holds the queries at absolute positions [t * tile, (t + 1) * tile), where query i of Sq stands at
-    i + Sk - Sq: tiles, and so results, do not depend on how a prefill is cut into chunks of whole tiles.
-
-    Attributes:
-        tile: query positions that share one order and one stop.
-        sink: keys at the start that every tile reads densely; a multiple of `pool`.
-        bundle: keys read between two stop tests.
-        sub_means: parts of a tile whose mean queries rank the tokens; divides `tile`.
-        smoothing: odd number of neighbours over which scores are averaged; 1 leaves them.
-        pool: positions that one pseudo-key of the tail stands for; 0 drops the tail.
-    """
-
-    tile: int = 128
-    sink: int = 64
-    bundle: int = 512
-    sub_means: int = 8
-    smoothing: int = 9
-    pool: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("tile", "bundle", "sub_means", "smoothing"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.tile % self.sub_means:
-            raise ValueError(f"sub_means must divide the tile of {self.tile} queries; got {self.sub_means}")
-        if self.smoothing % 2 == 0:
-            raise ValueError(f"smoothing needs a middle, so an odd number of neighbours; got {self.smoothing}")
-        if self.sink < 0 or self.pool < 0 or (self.pool and self.sink % self.pool):
-            raise ValueError(f"sink must be a multiple of pool, both at least 0; got {self.sink} and {self.pool}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +38,7 @@ class Sparse:
 
     Attributes:
         output: (B, Hq, Sq, Dv).
-        lse: (B, Hq, Sq), natural logarithm of the mass of what was read and of the pooled tail.
+        lse: (B, Hq, Sq), natural logarithm of the mass of what was read and of the tail.
         bundles: int64 (B, Hq, tiles), bundles read.
         tail: (B, Hq, tiles), mean over the rows of the estimated share of the mass that was not read.
         pairs: int64 (B, Hq), visible (query, key) pairs whose score was computed.
@@ -127,27 +97,6 @@ def token_order(scores: Tensor, hidden: Tensor | None = None) -> Tensor:
     return order if hidden is None else order[~hidden[order]]
 
 
-def pooled_tail(k: Tensor, v: Tensor, rest: Tensor, pool: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pseudo-keys for the tokens that were not read: per `pool` positions the mean of those left, and their number.
-
-    Jensen's inequality gives n exp(q . mean k) <= sum exp(q . k): the tail is never over-counted.
-
-    Args:
-        k: (N, D), the prefix; N is a multiple of `pool`.
-        v: (N, Dv).
-        rest: bool (N,), what was not read and may be seen.
-        pool: positions per pseudo-key.
-
-    Returns:
-        keys (N / pool, D), values (N / pool, Dv) and counts (N / pool,) in the dtype of k; a count may be 0.
-    """
-    weight = rest.to(k.dtype).unflatten(0, (-1, pool))
-    count = weight.sum(dim=1)
-    share = weight / count.clamp(min=1.0)[:, None]
-    pooled_k, pooled_v = (torch.einsum("np,npd->nd", share, x.unflatten(0, (-1, pool))) for x in (k, v))
-    return pooled_k, pooled_v, count
-
-
 def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
     """The absolute positions [start, end) of the queries of each tile; the first and last may be short."""
     first = keys - queries
@@ -156,14 +105,16 @@ def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
 
 
 def stop_after(
-    masses: Tensor, remaining: Tensor, sizes: Tensor, rule: str, budget: float, seen: Tensor
-) -> tuple[int, Tensor]:
+    masses: Tensor, remaining: Tensor, sizes: Tensor, rule: str, budget: float, seen: Tensor,
+    most: int | None = None, horizon: int = 1,
+) -> tuple[int, Tensor]:  # fmt: skip
     """How many bundles a tile reads, and the estimated share of its mass that it then leaves, per row.
 
     With `gain` the share of the mass so far that bundle u brought:
 
         "tail"  r gain / (1 + r gain), r = tokens left / tokens of the bundle: the share that is left if later
-                tokens weigh as much as the last bundle's. Stop when the worst row's is at most the budget.
+                tokens weigh as much as the last bundle's. Stop when the worst row's, with r at least `horizon`,
+                is at most the budget.
         "gain"  the paper's rule: added mass / mass before it. Stop when its mean over rows is under the budget.
 
     Args:
@@ -173,6 +124,8 @@ def stop_after(
         rule: "tail" or "gain".
         budget: the threshold.
         seen: bool (R,), rows that exist and see a key; the others do not vote.
+        most: bundles that may be read at all; None is all of them.
+        horizon: see `Geometry`.
 
     Returns:
         bundles read, 0 to U, and the tail estimate (R,) at that point.
@@ -187,15 +140,17 @@ def stop_after(
     gain = torch.where(after > 0, added / after, 0.0)
     ratio = (remaining / sizes).to(gain.dtype)
     left = ratio * gain / (1 + ratio * gain)
+    assumed = ratio.clamp(min=horizon).where(ratio > 0, 0.0) * gain
     nothing = torch.zeros_like(masses[:, 0])
     if not seen.any() or not added.shape[1]:
         return 0, nothing
     if rule == "tail":
-        fine = left[seen].amax(dim=0) <= budget
+        fine = (assumed / (1 + assumed))[seen].amax(dim=0) <= budget
     else:
         fine = torch.where(before > 0, added / before, math.inf)[seen].mean(dim=0) < budget
     fine[-1] = True  # nothing is left
     read = int(fine.to(torch.int8).argmax()) + 1
+    read = read if most is None else min(read, most)
     return read, left[:, read - 1].masked_fill(~seen, 0.0)
 
 
@@ -204,7 +159,7 @@ def sparse_attention(
     k: Tensor,
     v: Tensor,
     *,
-    budget: float,
+    budgets: Sequence[float],
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -212,20 +167,20 @@ def sparse_attention(
     rule: str = "tail",
     max_density: float = 1.0,
     share_order: bool = True,
-    geometry: Geometry = Geometry(),
+    geometry: Geometry | None = None,
 ) -> Sparse:
     """S2O attention, tile by tile.
 
     A tile at absolute positions [start, end) reads the `sink` first keys and all keys from `start` on densely, as
     far as they are visible; with a window also the keys that only some of its rows see. The rest of what lies
     before `start`, visible to every row, is its prefix: ranked, and read bundle by bundle until the rule stops it.
-    Without causality the prefix is all keys but the sinks and a last incomplete pool.
+    Without causality the prefix is all keys but the sinks and a last incomplete block.
 
     Args:
         q: (B, Hq, Sq, D), floating point.
         k: (B, Hkv, Sk, D), Sq <= Sk; query head h reads key/value head h // (Hq / Hkv).
         v: (B, Hkv, Sk, Dv).
-        budget: threshold of the stop rule; 0 reads everything.
+        budgets: thresholds of the stop rule, one for all query heads or one per query head; 0 reads everything.
         scale: defaults to D ** -0.5.
         causal: query i of Sq sees keys up to i + Sk - Sq.
         window: with `causal`, it sees the last `window` of these alone.
@@ -233,20 +188,23 @@ def sparse_attention(
         rule: see `stop_after`.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         share_order: query heads of one key/value head rank tokens together; each still stops by itself.
-        geometry: sizes.
+        geometry: sizes; None is the default ones.
 
     Returns:
         `Sparse`; a row that sees no key gets output 0 and lse -inf.
 
     Raises:
-        ValueError: sizes, budget, density or window are out of range.
+        ValueError: sizes, budgets, density or window are out of range.
     """
+    geometry = geometry or Geometry()
     batch, heads, queries, width = q.shape
     kv_heads, length = k.shape[1:3]
     if queries > length:
         raise ValueError(f"sparse attention needs at least as many keys as queries; got {queries} and {length}")
-    if budget < 0 or not 0 < max_density <= 1:
-        raise ValueError(f"budget must be at least 0 and max_density in (0, 1]; got {budget} and {max_density}")
+    if len(budgets) not in (1, heads) or min(budgets) < 0:
+        raise ValueError(f"budgets must be at least 0, one or one for each of {heads} query heads; got {budgets}")
+    if not 0 < max_density <= 1:
+        raise ValueError(f"max_density must be in (0, 1]; got {max_density}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
     scale = width**-0.5 if scale is None else scale
@@ -260,6 +218,7 @@ def sparse_attention(
     for b in range(batch):
         allowed = torch.ones(length, dtype=torch.bool, device=q.device) if keys is None else keys[b]
         for head in range(kv_heads):
+            groups = tail_groups(k[b, head], v[b, head], ~allowed, geometry) if geometry.clusters else None
             for t, (start, end) in enumerate(spans):
                 rows = slice(start - (length - queries), end - (length - queries))
                 of_group = slice(head * group, (head + 1) * group)
@@ -276,25 +235,42 @@ def sparse_attention(
                     orders += [token_order(scores, hidden)] * (members.stop - members.start)
                 for i, order in enumerate(orders):
                     h = head * group + i
+                    budget = budgets[h % len(budgets)]
                     read, estimate, chosen = _choose(
-                        q[b, h, rows],
-                        k[b, head],
-                        sees,
-                        prefix,
-                        order,
-                        scale,
-                        rule,
-                        budget,
-                        max_density,
-                        geometry.bundle,
+                        q[b, h, rows], k[b, head], sees, prefix, order, scale, rule, budget, max_density, geometry
                     )
                     output[b, h, rows], lse[b, h, rows] = _attend(
-                        q[b, h, rows], k[b, head], v[b, head], sees, prefix, chosen, scale, geometry.pool
+                        q[b, h, rows], k[b, head], v[b, head], sees, prefix, chosen, scale, groups, geometry.limit
                     )
                     bundles[b, h, t], tail[b, h, t] = read, estimate
                     pairs[b, h] += sees[:, chosen].sum().cpu()
                     visible[b, h] += sees.sum().cpu()
     return Sparse(output, lse, bundles, tail, pairs, visible)
+
+
+def chosen_keys(q: Tensor, k: Tensor, *, budget: float, geometry: Geometry, scale: float | None = None) -> Tensor:
+    """Which keys every tile of one causal head reads, for pictures: bool (tiles, Sk).
+
+    Args:
+        q: (Sq, D).
+        k: (Sk, D), Sq <= Sk.
+        budget: threshold of the rule "tail".
+        geometry: sizes.
+        scale: defaults to D ** -0.5.
+    """
+    queries, length = q.shape[0], k.shape[0]
+    scale = q.shape[1] ** -0.5 if scale is None else scale
+    allowed = torch.ones(length, dtype=torch.bool, device=q.device)
+    chosen = []
+    for start, end in tiles_of(queries, length, geometry.tile):
+        rows = q[start - (length - queries) : end - (length - queries)]
+        sees = _visible(start, end, length, True, None, allowed)
+        prefix = slice(*_prefix(start, end, length, True, None, geometry))
+        scores = token_scores(rows[None], k[prefix], scale, geometry.sub_means, geometry.smoothing, None)
+        order = token_order(scores)
+        _, _, read = _choose(rows, k, sees, prefix, order, scale, "tail", budget, 1.0, geometry)
+        chosen.append(read & sees.any(dim=0))
+    return torch.stack(chosen)
 
 
 def _visible(start: int, end: int, length: int, causal: bool, window: int | None, allowed: Tensor) -> Tensor:
@@ -308,8 +284,8 @@ def _visible(start: int, end: int, length: int, causal: bool, window: int | None
 
 
 def _prefix(start: int, end: int, length: int, causal: bool, window: int | None, geometry: Geometry) -> tuple[int, int]:
-    """The keys [low, high) that a tile ranks: visible to all its rows, whole pools, behind the sinks."""
-    unit = max(geometry.pool, 1)
+    """The keys [low, high) that a tile ranks: visible to all its rows, whole blocks, behind the sinks."""
+    unit = geometry.block
     low = geometry.sink if window is None else max(geometry.sink, -(-(end - window) // unit) * unit)
     high = (start // geometry.tile * geometry.tile if causal else length) // unit * unit
     return low, max(low, high)
@@ -317,9 +293,10 @@ def _prefix(start: int, end: int, length: int, causal: bool, window: int | None,
 
 def _choose(
     q: Tensor, k: Tensor, sees: Tensor, prefix: slice, order: Tensor, scale: float, rule: str, budget: float,
-    max_density: float, bundle: int,
+    max_density: float, geometry: Geometry,
 ) -> tuple[int, float, Tensor]:  # fmt: skip
     """(bundles read, mean tail estimate, bool (Sk,): keys that are read, densely or through the order)."""
+    bundle = geometry.bundle
     logits = (q @ k.T * scale).masked_fill(~sees, _HIDDEN)
     read_densely = torch.ones(k.shape[0], dtype=torch.bool, device=k.device)
     read_densely[prefix] = False
@@ -332,11 +309,11 @@ def _choose(
     masses += [ordered[:, i : i + bundle].sum(dim=1) for i in starts.tolist()]
     remaining = order.numel() - starts - sizes
     device = weights.device
-    read, left = stop_after(
-        torch.stack(masses, dim=1), remaining.to(device), sizes.to(device), rule, budget, sees.any(dim=1)
-    )
     most = math.ceil(math.ceil(max_density * order.numel()) / bundle)
-    read = min(read, most)
+    read, left = stop_after(
+        torch.stack(masses, dim=1), remaining.to(device), sizes.to(device), rule, budget, sees.any(dim=1), most,
+        geometry.horizon,
+    )  # fmt: skip
     chosen = read_densely
     chosen[order[: read * bundle] + prefix.start] = True
     seen = max(int(sees.any(dim=1).sum()), 1)
@@ -344,15 +321,19 @@ def _choose(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, prefix: slice, chosen: Tensor, scale: float, pool: int
-) -> tuple[Tensor, Tensor]:
-    """Softmax over the chosen keys and the pseudo-keys of the rest."""
-    logits = (q @ k.T * scale).masked_fill(~(sees & chosen), _HIDDEN)
-    if pool and prefix.stop > prefix.start:
+    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, prefix: slice, chosen: Tensor, scale: float,
+    groups: Groups | None, limit: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Softmax over the chosen keys and the groups that stand in for the rest."""
+    read = (sees & chosen).any(dim=0)  # no other key is touched: a weight of 0 would not stop a NaN
+    logits, values = (q @ k[read].T * scale).masked_fill(~sees[:, read], _HIDDEN), v[read]
+    if groups is not None:
         rest = (sees.any(dim=0) & ~chosen)[prefix]
-        pooled_k, pooled_v, count = pooled_tail(k[prefix], v[prefix], rest, pool)
-        logits = torch.cat([logits, q @ pooled_k.T * scale + count.log()], dim=1)
-        v = torch.cat([v, pooled_v])
+        left = groups.member[prefix][rest].bincount(minlength=groups.k.shape[0])
+        some = left > 0
+        standing = Groups(groups.member, groups.k[some], groups.variance[some], groups.v[some])
+        logits = torch.cat([logits, tail_logits(q, standing, left[some], scale, limit)], dim=1)
+        values = torch.cat([values, standing.v])
     lse = logits.logsumexp(dim=1)
     nothing = (lse == _HIDDEN)[:, None]
-    return logits.masked_fill(nothing, 0.0).softmax(dim=1).masked_fill(nothing, 0.0) @ v, lse
+    return logits.masked_fill(nothing, 0.0).softmax(dim=1).masked_fill(nothing, 0.0) @ values, lse

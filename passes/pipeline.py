@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from s2o_inductor import mask_spec
 from s2o_inductor.config import S2OConfig
 from s2o_inductor.errors import DeclinedError, VerificationError
-from s2o_inductor.passes import attention, masks, mha, moe_rewrite, rewrite, verify, verify_mask
+from s2o_inductor.passes import attention, masks, mha, moe_rewrite, rewrite, sparsify, verify, verify_mask
 from s2o_inductor.passes.records import AttentionSite, Declined, Recorder
 
 log = logging.getLogger("s2o_inductor")
@@ -236,7 +236,10 @@ def _plan(
 
 
 class LiftMasks(CustomGraphPass):
-    """Stage 2 as an Inductor pass. Its uuid covers everything that its result depends on."""
+    """Stage 2 as an Inductor pass: masks, then what may be approximated.
+
+    Its uuid covers everything that its result depends on.
+    """
 
     def __init__(self, config: S2OConfig, recorder: Callable[[], Recorder | None]) -> None:
         self.config = config
@@ -245,6 +248,7 @@ class LiftMasks(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if "lift-masks" not in self.config.disable:
             lift_masks(graph, self.config, self.recorder())
+        sparsify.sparsify(graph, self.config, self.recorder())
 
     def uuid(self) -> str:
         return f"{fingerprint()}:{self.config.key()}"

@@ -127,5 +127,8 @@ class Recorder(Protocol):
     def note_mask(self, name: str, spec: MaskSpec, reason: str | None) -> None:
         """The mask of the op called `name` is now `spec`; `reason` says why a tensor remains."""
 
+    def note_sparse(self, name: str, reason: str | None) -> None:
+        """The op called `name` may be approximated, or must not be for a reason that concerns the user."""
+
     def spent(self, stage: str, seconds: float) -> None:
         """Adds to the time of a stage."""

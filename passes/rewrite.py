@@ -18,6 +18,7 @@ from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand,
 MOE_EXPERTS = torch.ops.s2o.moe_experts.default
 ATTENTION = torch.ops.s2o.attention.default
 ATTENTION_BACKWARD = torch.ops.s2o.attention_backward.default
+SPARSE_ATTENTION = torch.ops.s2o.sparse_attention.default
 ATTENTION_MASK = torch.ops.s2o.attention_mask.default
 # Argument positions in the schemas of ops.py.
 _Q_AT = {ATTENTION: 0, ATTENTION_BACKWARD: 1}
@@ -213,6 +214,19 @@ def use_plan(
     args[at : at + 5] = [mask, list(leaves), list(plan), list(params), spec.text()]
     node.args = tuple(args)
     # Written by AOTAutograd for the old operands; Inductor would match them against the new ones.
+    node.meta.pop("eager_input_vals", None)
+
+
+def use_sparse(node: fx.Node, policy: str) -> None:
+    """Turns an attention node without a mask tensor and without dropout into its sparse form.
+
+    Args:
+        node: an `s2o::attention`.
+        policy: the text of a `SparsePolicy`.
+    """
+    q, k, v, _, leaves, plan, params, spec, sinks, _, scale, _, site = node.args
+    node.target = SPARSE_ATTENTION
+    node.args = (q, k, v, leaves, plan, params, spec, sinks, scale, policy, site)
     node.meta.pop("eager_input_vals", None)
 
 

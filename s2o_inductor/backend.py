@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +224,22 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     """
     config, patches = split_options({**(options or {}), "inner": "aot_eager"}, None)
     del patches
-    require_torch()
     with report.separate() as graphs:
-        backend = functools.partial(compile_graph, config=config)
-        arguments, limits = _apart()
-        with limits:
-            _fresh(model, torch.compile(backend=_named(backend), **arguments))(*args, **kwargs)
+        with compiled_apart(model, config) as run:
+            run(*args, **kwargs)
         result = report.Report(graphs)
         result.settle()
     return result
+
+
+@contextlib.contextmanager
+def compiled_apart(model: Callable[..., Any], config: S2OConfig) -> Iterator[Callable[..., Any]]:
+    """The model compiled without code generation, apart from everything that the process has compiled."""
+    require_torch()
+    arguments, limits = _apart()
+    with limits:
+        backend = functools.partial(compile_graph, config=dataclasses.replace(config, inner="aot_eager"))
+        yield _fresh(model, torch.compile(backend=_named(backend), **arguments))
 
 
 def _named(backend: Callable[..., Any]) -> Callable[..., Any]:

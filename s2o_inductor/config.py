@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from s2o_inductor.errors import OptionError, nearest
+from s2o_inductor.sparse_policy import MIN_SEQ, SparsePolicy
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Verify = Literal["first", "always", "off"]
-PASSES = ("attention", "multi-head", "lift-masks", "moe")
+PASSES = ("attention", "multi-head", "lift-masks", "sparse", "moe")
 _PREFIX = "s2o."
+# On the heads of a trained model this leaves the loss where it was; BENCHMARKS.md has the curve.
+DEFAULT_BUDGET = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,14 @@ class S2OConfig:
         disable: names of passes not to run; see `PASSES`.
         exclude: shell-style patterns of module paths whose sites stay as they are.
         dump_dir: folder for the graphs before and after each stage; None writes nothing.
+        budget: how far long attention may be approximated where no gradients are needed: the estimated share
+            of its softmax mass that the worst query of a tile may leave unread, from 0 to 1. 0 is exact. A dial,
+            not a bound: BENCHMARKS.md says what it does on real heads, and the report says what it did on yours.
+        budgets: budgets of single sites: shell-style patterns of module paths to one number, or to one
+            number per query head. The first pattern that fits decides; `calibrate` writes these.
+        max_density: largest share of its prefix that a tile of queries reads, above 0 and up to 1.
+        min_seq: fewest keys from which attention is approximated; None is what was measured for the device.
+        audit: rows per head whose exact result is computed as well, for the error in the report.
     """
 
     inner: Inner = "inductor"
@@ -35,6 +48,11 @@ class S2OConfig:
     disable: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dump_dir: str | None = None
+    budget: float = DEFAULT_BUDGET
+    budgets: Mapping[str, float | tuple[float, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    max_density: float = 1.0
+    min_seq: int | None = None
+    audit: int = 0
 
     def __post_init__(self) -> None:
         _one_of("inner", self.inner, get_args(Inner))
@@ -50,6 +68,59 @@ class S2OConfig:
             _one_of("disable", name, PASSES)
         if self.dump_dir is not None and not isinstance(self.dump_dir, str):
             raise OptionError(f"option 'dump_dir' must be a folder's path; got {self.dump_dir!r}")
+        object.__setattr__(self, "budget", _number("budget", self.budget))
+        object.__setattr__(self, "budgets", _budgets(self.budgets))
+        object.__setattr__(self, "max_density", _number("max_density", self.max_density))
+        if self.max_density == 0.0:
+            raise OptionError("option 'max_density' must be above 0, up to 1; got 0. For exact results set budget=0.")
+        for name in ("min_seq", "audit"):
+            value = getattr(self, name)
+            if value is None and name == "min_seq":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise OptionError(f"option {name!r} must be an integer from 0 on; got {value!r}")
+
+    def policy(self, where: str, heads: int, device: str) -> SparsePolicy | None:
+        """How far the attention at a module path may be approximated; None keeps it exact.
+
+        Raises:
+            OptionError: a list of budgets does not have one for each of the site's query heads.
+        """
+        min_seq = MIN_SEQ.get(device) if self.min_seq is None else self.min_seq
+        found = (value for pattern, value in self.budgets.items() if fnmatch.fnmatch(where, pattern))
+        budget = next(found, self.budget)
+        budgets = budget if isinstance(budget, tuple) else (budget,)
+        if len(budgets) not in (1, heads):
+            raise OptionError(f"option 'budgets' gives {where!r} {len(budgets)} numbers; it has {heads} query heads")
+        if min_seq is None or not any(budgets) or "sparse" in self.disable:
+            return None
+        return SparsePolicy(budgets, self.max_density, min_seq, self.audit)
+
+    def options(self) -> dict[str, Any]:
+        """What differs from the defaults, for ``torch.compile(backend="s2o", options=config.options())``."""
+        default = S2OConfig()
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in kept.items() if value != getattr(default, name)}
+
+    def to_json(self) -> str:
+        """The config as JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> S2OConfig:
+        """The config that `to_json` wrote.
+
+        Raises:
+            OptionError: the text is not JSON, or names an option that does not exist or is out of range.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise OptionError(f"not a config: {error}; write it with S2OConfig.to_json()") from error
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, dict) or not set(fields) <= set(known):
+            raise OptionError(f"a config is a JSON object with the keys {', '.join(known)}; got {text[:200]!r}")
+        return cls(**fields)
 
     def key(self) -> str:
         """What compiled artifacts depend on, as text for cache keys."""
@@ -98,6 +169,23 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
             "leave them out or use inner='inductor'."
         )
     return config, patches
+
+
+def _number(option: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise OptionError(f"option {option!r} must be a number from 0 to 1; got {value!r}")
+    return float(value)
+
+
+def _budgets(given: object) -> dict[str, float | tuple[float, ...]]:
+    if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
+        raise OptionError(f"option 'budgets' must map patterns of module paths to budgets; got {given!r}")
+    return {
+        pattern: tuple(_number("budgets", one) for one in value)
+        if isinstance(value, (list, tuple)) and value
+        else _number("budgets", value)
+        for pattern, value in given.items()
+    }
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:

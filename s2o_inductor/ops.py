@@ -8,18 +8,23 @@ any strides for an operand of a node that a pass inserted.
     attention_mask      the tensors that a mask spec needs at run time, once per mask
     attention           softmax(scale * q k^T, masked) v, exact, and its log-sum-exp
     attention_backward  its gradients
+    sparse_attention    the same, approximated as far as a policy allows; no gradients
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2o_inductor import sparse_policy
 from s2o_inductor.mask_spec import parse
 
+log = logging.getLogger("s2o_inductor")
 NAMESPACE = "s2o"
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
@@ -47,9 +52,29 @@ torch.library.define(
     tags=_TAGS,
 )
 
+torch.library.define(
+    f"{NAMESPACE}::sparse_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor[] leaves, Tensor[] plan, SymInt[] params, str spec, Tensor? sinks, "
+    "float scale, str policy, str site) -> (Tensor output, Tensor lse)",
+    tags=_TAGS,
+)
+
 # How each site really ran, by site name: (route, mask spec). Written at the first call of a
 # compiled graph, so that a report stays true when a cached artifact skipped every pass.
 observed: dict[str, tuple[str, str]] = {}
+# What the last call of each sparse site read, a `kernels.sparse.Statistics`; its tensors are not waited for.
+statistics: dict[str, Any] = {}
+# Under a policy with candidates, what every call of each site found: lists of `kernels.sparse.Trial`.
+trials: dict[str, list[Any]] = {}
+RECORDS: tuple[dict[str, Any], ...] = (observed, statistics, trials)
+
+
+def forget() -> list[dict[str, Any]]:
+    """Empties `RECORDS` and returns what they held."""
+    held = [dict(record) for record in RECORDS]
+    for record in RECORDS:
+        record.clear()
+    return held
 
 
 def attention(
@@ -168,8 +193,40 @@ def _attention_mask_impl(
     return mask_kernels.plan(mask, leaves, params, parse(spec), batch, queries, keys, device)
 
 
+@functools.cache
+def _say_approximate() -> None:
+    """Once per process, at the first approximate result: also where a compiled graph came out of a cache."""
+    log.warning(
+        "s2o: attention over long sequences is approximated where no gradients are needed; what it read is in "
+        "s2o_inductor.last_report(). options={'budget': 0} makes it exact."
+    )
+
+
+def _sparse_attention_impl(
+    q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], plan: list[Tensor], params: list[int], spec: str,
+    sinks: Tensor | None, scale: float, policy: str, site: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from s2o_inductor.kernels import dense, sparse
+
+    check_operands(q, k, v, None, sinks, spec)
+    call = dense.Call.of(q, k, v, None, leaves, plan, params, parse(spec), sinks, None, scale, 0.0)
+    output, lse, route, read = sparse.forward(call, q, k, v, sparse_policy.parse(policy))
+    if isinstance(read, sparse.Statistics):
+        _say_approximate()
+    if site:
+        # A site whose lengths vary is reported as what it was at its most approximate.
+        if read is not None or site not in observed:
+            observed[site] = (route, spec)
+        if isinstance(read, list):
+            trials.setdefault(site, []).append(read)
+        elif read is not None:
+            statistics[site] = read
+    return output, lse
+
+
 for _name, _impl in (
     ("attention", _attention_impl),
+    ("sparse_attention", _sparse_attention_impl),
     ("attention_backward", _attention_backward_impl),
     ("attention_mask", _attention_mask_impl),
 ):
@@ -189,6 +246,14 @@ def _attention_fake(
     check_operands(q, k, v, mask, sinks, spec)
     output = _like_heads_last(q, q.shape[1], q.shape[2], v.shape[3])
     return output, q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::sparse_attention")
+def _sparse_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], plan: list[Tensor], params: list[int], spec: str,
+    sinks: Tensor | None, scale: float, policy: str, site: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _attention_fake(q, k, v, None, leaves, plan, params, spec, sinks, None, scale, 0.0, site)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::attention_backward")
@@ -260,6 +325,15 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
 
 
 torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context)
+
+
+def _no_gradient(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> None:
+    raise NotImplementedError(
+        "s2o::sparse_attention has no gradient: run it under torch.no_grad(), or call s2o::attention, which is exact"
+    )
+
+
+torch.library.register_autograd(f"{NAMESPACE}::sparse_attention", _no_gradient)
 
 
 def _autocast_rule(device_type: str) -> Any:

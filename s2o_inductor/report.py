@@ -26,6 +26,34 @@ log = logging.getLogger("s2o_inductor")
 _NOT_SEEN = "the pass that lifts masks did not run in this compilation"
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the last call of an approximate site read.
+
+    Attributes:
+        density: computed over visible (query, key) pairs, mean of the heads.
+        head_density: the same for each query head, mean of the batch.
+        dropped: estimated share of the softmax mass that was left to the pooled tail, mean of the heads.
+        error: squared error of the audited rows over their squared norm, mean of the heads; None without `audit`.
+    """
+
+    density: float
+    head_density: tuple[float, ...]
+    dropped: float
+    error: float | None
+
+    @classmethod
+    def of(cls, statistics: Any) -> Reading:
+        """From a `kernels.sparse.Statistics`; waits for its device."""
+        heads = (statistics.pairs / statistics.visible.clamp(min=1)).mean(dim=0).tolist()
+        error = None if statistics.error is None else statistics.error.mean().item()
+        return cls(sum(heads) / len(heads), tuple(heads), statistics.tail.mean().item(), error)
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f", error {self.error:.1e}"
+        return f"density {self.density:.3f}, dropped {self.dropped:.3f}{error}"
+
+
 @dataclasses.dataclass
 class Site:
     """One candidate: attention or mixture of experts, rewritten or declined.
@@ -35,6 +63,8 @@ class Site:
         shape: sizes as ints, or as text where symbolic.
         mask: readable mask terms; `mask_reason` says why a mask tensor was not lifted.
         route: the kernel that ran, "" until the compiled graph ran once.
+        reading: what the last call read, where it was approximate.
+        sparse_reason: why a site that is long enough was not approximated.
         verified: how the rewrite was checked before it was kept.
     """
 
@@ -49,6 +79,8 @@ class Site:
     mask_reason: str | None = None
     verified: str = ""
     route: str = ""
+    reading: Reading | None = None
+    sparse_reason: str | None = None
 
     @classmethod
     def of_attention(cls, site: AttentionSite, name: str, verified: str) -> Site:
@@ -93,6 +125,8 @@ class Site:
         self.route, text = ops.observed[self.name]
         if "dense" in self.mask and not parse(text).dense:
             self.mask, self.mask_reason = parse(text).terms(), None
+        if self.name in ops.statistics:
+            self.reading, self.exact = Reading.of(ops.statistics[self.name]), False
 
     def to_dict(self) -> dict[str, Any]:
         self.settle()
@@ -106,6 +140,8 @@ class Site:
             "shape": dict(self.shape),
             "route": self.route,
             "verified": self.verified,
+            "sparse": None if self.reading is None else dataclasses.asdict(self.reading),
+            "sparse_reason": self.sparse_reason,
         }
 
 
@@ -157,6 +193,11 @@ class GraphReport:
         for site in self.sites:
             if site.name == name:
                 site.mask, site.mask_reason = spec.terms(), reason
+
+    def note_sparse(self, name: str, reason: str | None) -> None:
+        for site in self.sites:
+            if site.name == name:
+                site.sparse_reason = reason
 
     def emit(self) -> None:
         """Writes the graph's decisions to the structured trace, where tlparse shows them."""
@@ -212,32 +253,34 @@ class Report:
             f"{len(self.graph_breaks)} graph break(s)"
         ]
         header = ("where", "kind", "status", "exact", "shape", "mask", "route")
-        rows = [header, *(_row(site) for site in sites)]
+        rows = [header, *(_row(site) for site in self.sites)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         for row in rows:
             lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         for site in sites:
             if site["reason"]:
                 lines.append(f"  {site['where']}: {site['reason']}")
+        kept = dict.fromkeys(site["sparse_reason"] for site in sites if site["sparse_reason"])
+        lines += [f"  exact although long: {reason}" for reason in kept]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def _row(site: dict[str, Any]) -> tuple[str, ...]:
-    shape = site["shape"]
-    if site["kind"] == "moe" and shape:
+def _row(site: Site) -> tuple[str, ...]:
+    shape, rewritten = site.shape, site.status == "rewritten"
+    if site.kind == "moe" and rewritten:
         sizes = "{tokens}x{width}, {choices} of {experts}x{inner}".format(**shape)
-        return site["where"], "moe", site["status"], "exact", sizes, "-", site["route"] or "-"
+        return site.where, "moe", site.status, "exact", sizes, "-", site.route or "-"
     sizes = (
         f"{shape['batch']}x{shape['query_heads']}/{shape['kv_heads']}x{shape['queries']}x{shape['keys']}x{shape['width']}"
         if shape
         else "-"
     )
-    mask = " & ".join(site["mask"]) or ("none" if site["status"] == "rewritten" else "-")
-    exact = ("exact" if site["exact"] else "approximate") if site["status"] == "rewritten" else "-"
-    return site["where"], site["kind"], site["status"], exact, sizes, mask, site["route"] or "-"
+    mask = " & ".join(site.mask) or ("none" if rewritten else "-")
+    exact = str(site.reading or "exact") if rewritten else "-"
+    return site.where, site.kind, site.status, exact, sizes, mask, site.route or "-"
 
 
 _graphs: list[GraphReport] = []
@@ -292,7 +335,7 @@ def last_report() -> Report:
 def clear() -> None:
     """Forgets all reports; `torch._dynamo.reset` comes here through the backend."""
     _graphs.clear()
-    ops.observed.clear()
+    ops.forget()
 
 
 def latest() -> GraphReport | None:
@@ -305,11 +348,11 @@ def separate() -> Iterator[list[GraphReport]]:
     """Collects the reports of one explanation apart from those of the process."""
     global _graphs
     kept, _graphs = _graphs, []
-    observed = dict(ops.observed)
-    ops.observed.clear()
+    seen = ops.forget()
     try:
         yield _graphs
     finally:
         _graphs = kept
-        ops.observed.clear()
-        ops.observed.update(observed)
+        ops.forget()
+        for old, now in zip(seen, ops.RECORDS, strict=True):
+            now.update(old)

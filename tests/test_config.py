@@ -75,6 +75,19 @@ def test_a_prefix_does_not_turn_an_option_of_inductor_into_ours() -> None:
         ({"exclude": [1]}, r"'exclude' must be a list of strings; got \[1\]"),
         ({"exclude": None}, r"'exclude' must be a list of strings; got None"),
         ({"dump_dir": 1}, r"'dump_dir' must be a folder's path; got 1"),
+        ({"budget": -0.1}, r"'budget' must be a number from 0 to 1; got -0\.1"),
+        ({"budget": True}, r"'budget' must be a number from 0 to 1; got True"),
+        ({"budget": float("nan")}, r"'budget' must be a number from 0 to 1; got nan"),
+        ({"budgets": 0.5}, r"'budgets' must map patterns of module paths to budgets; got 0\.5"),
+        ({"budgets": {1: 0.5}}, r"'budgets' must map patterns .*; got \{1: 0\.5\}"),
+        ({"budgets": {"*": [0.5, 2]}}, r"'budgets' must be a number from 0 to 1; got 2"),
+        ({"budgets": {"*": []}}, r"'budgets' must be a number from 0 to 1; got \[\]"),
+        ({"max_density": 0}, r"'max_density' must be above 0, up to 1; got 0.*budget=0"),
+        ({"max_density": 1.5}, r"'max_density' must be a number from 0 to 1; got 1\.5"),
+        ({"min_seq": -1}, r"'min_seq' must be an integer from 0 on; got -1"),
+        ({"min_seq": 1.5}, r"'min_seq' must be an integer from 0 on; got 1\.5"),
+        ({"audit": None}, r"'audit' must be an integer from 0 on; got None"),
+        ({"audit": True}, r"'audit' must be an integer from 0 on; got True"),
         ({"max_autotune": "yes"}, r"'max_autotune' takes a bool; got str 'yes'"),
         ({"max_autotune": 1}, r"'max_autotune' takes a bool; got int 1"),
     ],
@@ -103,6 +116,11 @@ def test_every_option_may_be_prefixed() -> None:
         "disable": ["multi-head"],
         "exclude": ["layers.0.*"],
         "dump_dir": "graphs",
+        "budget": 0.25,
+        "budgets": {"layers.0.*": 0, "layers.1.*": [0.5, 0.1]},
+        "max_density": 0.5,
+        "min_seq": 4096,
+        "audit": 16,
     }
     assert set(given) == {field.name for field in dataclasses.fields(S2OConfig)}
     plain, _ = split_options(given, None)
@@ -206,9 +224,54 @@ def test_the_cache_key_holds_every_option_that_changes_the_result() -> None:
         "verify": "off",
         "disable": ("lift-masks",),
         "exclude": ("layers.*",),
+        "budget": 0.25,
+        "budgets": {"layers.*": 0.0},
+        "max_density": 0.5,
+        "min_seq": 1,
+        "audit": 1,
     }
     for name, value in changes.items():
         assert S2OConfig(**{name: value}).key() != key, name
     for name, value in {"strict": True, "dump_dir": "graphs"}.items():
         assert S2OConfig(**{name: value}).key() == key, name
     assert {*changes, "strict", "dump_dir"} == {field.name for field in dataclasses.fields(S2OConfig)}
+
+
+def test_the_first_pattern_that_fits_sets_the_budget_of_a_site() -> None:
+    config = S2OConfig(budget=0.5, budgets={"layers.0.*": 0.0, "layers.[12].*": [0.1, 0.0], "layers.*": 0.3})
+    budgets = {}
+    for where in ("layers.0.attn", "layers.1.attn", "layers.3.attn", "head"):
+        policy = config.policy(where, 2, "cpu")
+        budgets[where] = policy and policy.budgets
+    assert budgets == {
+        "layers.0.attn": None,
+        "layers.1.attn": (0.1, 0.0),
+        "layers.3.attn": (0.3,),
+        "head": (0.5,),
+    }
+
+
+def test_a_policy_is_for_devices_that_were_measured_or_asked_for() -> None:
+    assert S2OConfig().policy("attn", 2, "cpu") is not None
+    assert S2OConfig().policy("attn", 2, "xpu") is None
+    asked = S2OConfig(min_seq=512, max_density=0.5, audit=3).policy("attn", 2, "xpu")
+    assert asked is not None and (asked.min_seq, asked.max_density, asked.audit) == (512, 0.5, 3)
+    assert S2OConfig(budget=0).policy("attn", 2, "cpu") is None
+    assert S2OConfig(disable=("sparse",)).policy("attn", 2, "cpu") is None
+
+
+def test_budgets_must_be_as_many_as_heads() -> None:
+    with pytest.raises(OptionError, match=r"'budgets' gives 'attn' 3 numbers; it has 4 query heads"):
+        S2OConfig(budgets={"*": [0.1, 0.2, 0.3]}).policy("attn", 4, "cpu")
+
+
+def test_a_config_survives_json_and_options() -> None:
+    config = S2OConfig(budget=0.25, budgets={"a.*": [0.5, 0.0], "b": 1}, exclude=("c",), min_seq=17)
+    assert S2OConfig.from_json(config.to_json()) == config
+    assert split_options(config.options(), None)[0] == config
+    assert S2OConfig().options() == {}
+    for text in ("", "[]", '{"budgett": 1}'):
+        with pytest.raises(OptionError, match="config"):
+            S2OConfig.from_json(text)
+    with pytest.raises(OptionError, match="'budget' must be a number from 0 to 1; got 7"):
+        S2OConfig.from_json('{"budget": 7}')

@@ -28,10 +28,13 @@ LAYER_OF = {
     "s2o_inductor.backend": "backend",
     "s2o_inductor.config": "backend",
     "s2o_inductor.report": "backend",
+    "s2o_inductor.calibration": "backend",
+    "s2o_inductor.viz": "backend",
     "s2o_inductor.ops": "ops",
     "s2o_inductor.moe_ops": "ops",
     "s2o_inductor.mask_spec": "mask_spec",
     "s2o_inductor.moe_spec": "mask_spec",
+    "s2o_inductor.sparse_policy": "mask_spec",
     "s2o_inductor.errors": "mask_spec",  # error classes: importable from everywhere
 }
 
@@ -39,6 +42,12 @@ LAYER_OF = {
 def sources(folder: str) -> list[Path]:
     found = sorted((ROOT / folder).glob("*.py"))
     assert found, f"{ROOT / folder} holds no module"
+    return found
+
+
+def native_sources() -> list[Path]:
+    found = sorted(path for path in (ROOT / "kernels").iterdir() if path.suffix in (".cpp", ".h"))
+    assert found
     return found
 
 
@@ -92,15 +101,16 @@ def test_ops_see_kernels_only_inside_functions() -> None:
 
 
 def test_the_contract_between_the_layers_imports_none_of_them() -> None:
-    for name in ("mask_spec.py", "moe_spec.py", "errors.py"):
+    for name in ("mask_spec.py", "moe_spec.py", "sparse_policy.py", "errors.py"):
         assert layer_imports(PACKAGE / name) <= {"mask_spec"}, name
         assert not [module for module, _ in imports(PACKAGE / name) if module.split(".")[0] == "torch"], name
 
 
-def test_the_reference_depends_on_torch_and_the_mask_spec_alone() -> None:
-    allowed = {"__future__", "torch", "dataclasses", "math", "collections", "typing"}
-    for module, _ in imports(ROOT / "kernels" / "reference.py"):
-        assert module.split(".")[0] in allowed or module.startswith("s2o_inductor.mask_spec"), module
+def test_the_references_depend_on_torch_and_the_contracts_alone() -> None:
+    allowed = {"__future__", "torch", "dataclasses", "itertools", "math", "collections", "typing"}
+    for module, _ in itertools.chain(*(imports(path) for path in (ROOT / "kernels").glob("reference*.py"))):
+        ours = ("s2o_inductor.mask_spec", "s2o_inductor.sparse_policy", "s2o_inductor.kernels.tail_groups")
+        assert module.split(".")[0] in allowed or module.startswith(ours), module
 
 
 def test_only_kernels_import_triton() -> None:
@@ -117,7 +127,7 @@ def test_our_modules_are_imported_by_their_full_name() -> None:
 
 
 def test_files_stay_readable() -> None:
-    files = [path for folder in ("s2o_inductor", "passes", "kernels") for path in sources(folder)]
+    files = [path for folder in ("s2o_inductor", "passes", "kernels") for path in sources(folder)] + native_sources()
     long = {path.name: count for path in files if (count := len(path.read_text().splitlines())) > 400}
     assert not long, f"longer than 400 lines: {long}"
 
@@ -232,6 +242,7 @@ def test_a_wheel_holds_plain_files_and_the_entry_point(tmp_path: Path) -> None:
     assert not links
     for folder in ("passes", "kernels"):
         assert {f"s2o_inductor/{folder}/{path.name}" for path in sources(folder)} <= names
+    assert {f"s2o_inductor/kernels/{path.name}" for path in native_sources()} <= names
     assert "s2o_inductor/py.typed" in names
     assert not [name for name in names if name.split("/")[0] in ("passes", "kernels", "tests", "examples")]
     assert "[torch_dynamo_backends]\ns2o = s2o_inductor.backend:s2o" in entry

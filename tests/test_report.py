@@ -20,6 +20,7 @@ from s2o_inductor.errors import DeclinedError, OptionError
 
 AOT = {"inner": "aot_eager"}
 SITE = {"kind", "where", "status", "reason", "exact", "mask", "shape", "route", "verified"}
+SITE |= {"sparse", "sparse_reason"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,119 @@
+"""Times causal attention on CPU: torch's SDPA against S2O sparse attention, on flat and on structured data.
+
+    python examples/bench_cpu_sparse.py --lengths 2048 8192
+    python examples/bench_cpu_sparse.py --file heads.pt
+
+"flat" is standard normal: nothing to skip, the worst case. In "structured" a few keys are heavy for all queries, and
+neighbours are for each other. --file takes {"q", "k", "v"} saved by
+torch.save, cut to each length. Runs alternate and the best of each is taken, so that a busy machine disturbs both
+alike; the density is the share of visible pairs that were computed, the error relative, mean over heads of
+mean |o - dense|^2 / mean |dense|^2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+import torch
+from bench_cpu_attention import best_times
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2o_inductor.kernels import cpu_sparse
+from s2o_inductor.sparse_policy import Geometry
+
+
+def structured(length: int, heads: tuple[int, int], width: int) -> list[Tensor]:
+    """q, k and v (1, H, S, D) whose scores, of deviation 1/2 else, rise by 4 to 8 at 2 % of the keys and by 5 nearby.
+
+    Both terms take half of the features: one direction for the heavy keys of each key/value head, and waves of the
+    position, random in frequency, whose product falls off as exp(-(distance / 128)^2 / 2).
+    """
+    generator = torch.Generator().manual_seed(1)
+    group, half = heads[0] // heads[1], width // 2
+    q, k, v = flat(length, heads, width)
+    q /= 2
+    unit = width**0.25  # two vectors of this length along each other score 1
+    direction = torch.nn.functional.normalize(torch.randn(1, heads[1], 1, half, generator=generator), dim=3) * unit
+    strength = torch.rand(1, heads[1], length, 1, generator=generator) * 4 + 4
+    chosen = torch.rand(1, heads[1], length, 1, generator=generator) < 0.02
+    k[..., :half] += direction * strength * chosen
+    q[..., :half] += direction.repeat_interleave(group, dim=1)
+    angle = torch.arange(length)[:, None] * torch.randn(1, half // 2, generator=generator) / 128
+    wave = torch.cat([angle.cos(), angle.sin()], dim=1) * (5 / (half // 2)) ** 0.5 * unit
+    q[..., half : half + wave.shape[1]] += wave
+    k[..., half : half + wave.shape[1]] += wave
+    return [q, k, v]
+
+
+def flat(length: int, heads: tuple[int, int], width: int) -> list[Tensor]:
+    """Standard normal q, k and v (1, H, S, D)."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, n, length, width, generator=generator) for n in (heads[0], heads[1], heads[1])]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's causal attention."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sparse(q: Tensor, k: Tensor, v: Tensor, budget: float) -> cpu_sparse.Result:
+    """S2O's; exact for budget 0."""
+    return cpu_sparse.forward(
+        q, k, v, scale=q.shape[3] ** -0.5, budgets=(budget,), causal=True, window=None, keys=None, max_density=1.0,
+        geometry=Geometry(),
+    )  # fmt: skip
+
+
+def compare(name: str, inputs: list[Tensor], budgets: list[float], repeats: int) -> None:
+    """Prints a row for each budget."""
+    q, k, v = inputs
+    times = best_times(
+        [functools.partial(dense, q, k, v), *(functools.partial(sparse, q, k, v, b) for b in budgets)], repeats
+    )
+    exact = dense(q, k, v).double()
+    for budget, time in zip(budgets, times[1:], strict=True):
+        result = sparse(q, k, v, budget)
+        off = (result.output.double() - exact).square().mean(dim=(0, 2, 3)) / exact.square().mean(dim=(0, 2, 3))
+        density = float(result.pairs.sum() / result.visible.sum())
+        print(
+            f"{name:12}{q.shape[2]:7}  {q.shape[1]}/{k.shape[1]} x {q.shape[3]:<4} {str(q.dtype)[6:]:9}{budget:6.2f}"
+            f"{times[0] * 1e3:9.0f}{time * 1e3:8.0f}{times[0] / time:7.2f}x{density:9.3f}{float(off.mean()):10.1e}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--file", type=Path, help="real q, k and v to time instead of made ones")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads; ", end="")
+    print(f"milliseconds, best of {args.repeats}")
+    print(
+        f"{'data':15}{'S':>4}  {'heads x D':12}{'dtype':8}{'budget':>7}{'SDPA':>9}{'s2o':>8}{'ratio':>8}{'density':>9}",
+        end="",
+    )
+    print(f"{'error':>10}")
+    for length in args.lengths:
+        for dtype in (getattr(torch, name) for name in args.dtypes):
+            if args.file is not None:
+                saved = torch.load(args.file)
+                inputs = [saved[name][:, :, :length].to(dtype).contiguous() for name in ("q", "k", "v")]
+                compare(args.file.stem, inputs, args.budgets, args.repeats)
+                continue
+            for heads, width in (((8, 2), 128), ((8, 8), 64)):
+                for make in (flat, structured):
+                    inputs = [x.to(dtype) for x in make(length, heads, width)]
+                    compare(make.__name__, inputs, args.budgets, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

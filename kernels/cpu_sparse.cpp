@@ -1,0 +1,303 @@
+// S2O sparse attention on CPU: kernels/reference_sparse.py says what it computes, this file how.
+//
+// One thread computes a tile of queries at a time, for all query heads of a key/value head: a chunk of rows of K and V
+// that has come into cache serves every head that has not stopped. cpu_vectors.h tells how scores lie.
+//
+// Scores, peaks and log-sums are in units of log 2: the factor log2(e) is folded into the queries.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "cpu_rank.h"
+#include "cpu_softmax.h"
+#include "cpu_vectors.h"
+
+// Filled by kernels/cpu_sparse.py, which mirrors it field by field. Strides count elements; the last dimension of
+// q, k and v has stride 1.
+struct Problem {
+  const float *q, *k, *v;              // (B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)
+  const float *tail_k, *tail_spread;   // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
+                                       // keys over 2 log2(e)
+  const float* tail_v;                 // (B, Hkv, P, Dv)
+  const int32_t* member;               // (B, Hkv, whole blocks x block): the group of each key
+  const uint8_t* keys;                 // (B, Sk), or null
+  const float* budgets;                // (Hq,)
+  float *output, *lse, *tail;          // (B, Sq, Hq, Dv), (B, Hq, Sq), (B, Hq, tiles)
+  int64_t *bundles, *pairs, *visible;  // (B, Hq, tiles)
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  int64_t batch, heads, kv_heads, queries, length, width, value_width;
+  int64_t causal, window;  // a window of 0 is none
+  int64_t tile, sink, bundle, horizon, sub_means, smoothing, block, clusters;  // without clusters the tail is dropped
+  int64_t threads;
+  double scale, max_density, limit;  // the limit in units of log 2
+};
+
+namespace {
+
+using namespace s2o;
+
+class Worker {
+ public:
+  explicit Worker(const Problem& p)
+      : p_(p), group_(p.heads / p.kv_heads), factor_(static_cast<float>(p.scale * 1.4426950408889634)) {}
+  void run(int64_t b, int64_t kv_head, int64_t t, int64_t start, int64_t end, int64_t tiles);
+
+ private:
+  void read_densely(int64_t from, int64_t to);
+  void flush(Chunk& chunk);
+  void rank();
+  void read_bundles();
+  bool may_stop(int64_t head, float ratio, float* estimate);
+  void add_tails();
+  void flush_tail(Chunk& chunk, const std::vector<int64_t>& heads, size_t first, size_t last);
+  void write(int64_t t, int64_t tiles);
+
+  const float* k_row(int64_t j) const { return k_ + j * p_.k_strides[2]; }
+  const float* v_row(int64_t j) const { return v_ + j * p_.v_strides[2]; }
+  bool allowed(int64_t j) const { return !keys_ || keys_[j]; }
+  const float* q_row(int64_t head, int64_t i) const {
+    return p_.q + b_ * p_.q_strides[0] + (kv_head_ * group_ + head) * p_.q_strides[1] +
+           (start_ - (p_.length - p_.queries) + i) * p_.q_strides[2];
+  }
+
+  const Problem& p_;
+  const int64_t group_;
+  const float factor_;
+
+  // The tile: queries at absolute positions [start, end), its prefix [low, high), what is read densely and how
+  // many of its pairs are visible.
+  int64_t b_, kv_head_, start_, end_, rows_, low_, high_, dense_pairs_;
+  const float *k_, *v_;
+  const uint8_t* keys_;
+
+  Softmax softmax_;
+  Ranker ranker_;
+  std::vector<int32_t> order_;  // of the prefix, counted from low_
+  std::vector<int64_t> counts_, read_, active_;
+  std::vector<float> estimate_;
+};
+
+void Worker::run(int64_t b, int64_t kv_head, int64_t t, int64_t start, int64_t end, int64_t tiles) {
+  b_ = b, kv_head_ = kv_head, start_ = start, end_ = end, rows_ = end - start;
+  k_ = p_.k + b * p_.k_strides[0] + kv_head * p_.k_strides[1];
+  v_ = p_.v + b * p_.v_strides[0] + kv_head * p_.v_strides[1];
+  keys_ = p_.keys ? p_.keys + b * p_.length : nullptr;
+  const int64_t unit = p_.block;
+  low_ = p_.sink;
+  if (p_.window && end > p_.window) low_ = std::max(low_, (end - p_.window + unit - 1) / unit * unit);
+  high_ = std::max(low_, (p_.causal ? start / p_.tile * p_.tile : p_.length) / unit * unit);
+  dense_pairs_ = 0;
+  read_.assign(group_, 0);
+  estimate_.assign(group_, 0.0f);
+
+  softmax_.start({group_, rows_, p_.width, p_.value_width, start, p_.causal != 0, p_.window});
+  for (int64_t head = 0; head < group_; ++head)
+    for (int64_t i = 0; i < rows_; ++i) softmax_.set_query(head, i, q_row(head, i), factor_);
+  const int64_t first = p_.window ? std::max<int64_t>(start - p_.window + 1, 0) : 0;
+  const int64_t last = p_.causal ? end : p_.length;
+  read_densely(first, std::min(low_, last));
+  read_densely(std::max(first, high_), last);
+  for (int64_t head = 0; head < group_; ++head) softmax_.settle(head);
+  rank();
+  if (!order_.empty()) {
+    read_bundles();
+    if (p_.clusters) add_tails();
+  }
+  write(t, tiles);
+}
+
+// Chunks of the keys [from, to) that may be seen.
+void Worker::read_densely(int64_t from, int64_t to) {
+  Chunk chunk;
+  for (int64_t j = from; j < to; ++j) {
+    if (!allowed(j)) continue;
+    const int64_t unseen = (p_.causal ? std::max<int64_t>(j - start_, 0) : 0) +
+                           (p_.window ? std::max<int64_t>(end_ - (j + p_.window), 0) : 0);
+    dense_pairs_ += rows_ - unseen;
+    chunk.bounded |= unseen > 0;
+    chunk.k[chunk.count] = k_row(j), chunk.v[chunk.count] = v_row(j), chunk.position[chunk.count] = j;
+    if (++chunk.count == kKeys) flush(chunk);
+  }
+  flush(chunk);
+}
+
+void Worker::flush(Chunk& chunk) {
+  if (!chunk.count) return;
+  for (int64_t head = 0; head < group_; ++head) softmax_.add(head, chunk);
+  chunk.count = 0, chunk.bounded = false;
+}
+
+// Fills order_ with the keys of the prefix that may be seen: by falling score, or, where all of them are read whatever
+// the order, by position.
+void Worker::rank() {
+  order_.clear();
+  for (int64_t j = 0; j < high_ - low_; ++j)
+    if (allowed(low_ + j)) order_.push_back(static_cast<int32_t>(j));
+  const float* budgets = p_.budgets + kv_head_ * group_;
+  const bool exact = std::all_of(budgets, budgets + group_, [](float x) { return x == 0.0f; });
+  if ((exact && p_.max_density >= 1.0) || static_cast<int64_t>(order_.size()) <= p_.bundle) return;
+  const int64_t parts = std::min(p_.sub_means, rows_);
+  float* means = ranker_.start(group_ * parts, p_.width);
+  const int64_t stride = ranker_.stride();
+  for (int64_t head = 0; head < group_; ++head) {
+    for (int64_t part = 0, i = 0; part < parts; ++part) {
+      const int64_t count = rows_ / parts + (part < rows_ % parts);
+      float* mean = means + head * parts + part;
+      for (const int64_t stop = i + count; i < stop; ++i) {
+        const float* row = q_row(head, i);
+        for (int64_t d = 0; d < p_.width; ++d) mean[d * stride] += row[d];
+      }
+      for (int64_t d = 0; d < p_.width; ++d) mean[d * stride] *= factor_ / static_cast<float>(count);
+    }
+  }
+  ranker_.sort({k_row(low_), p_.k_strides[2], high_ - low_, p_.width, keys_ ? keys_ + low_ : nullptr}, p_.smoothing,
+               order_);
+}
+
+inline void prefetch(const float* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + d);
+}
+
+// Bundle after bundle, until each head's rule stops it.
+void Worker::read_bundles() {
+  const int64_t total = order_.size();
+  const double cap = std::ceil(p_.max_density * static_cast<double>(total));
+  const int64_t most = static_cast<int64_t>(std::ceil(cap / static_cast<double>(p_.bundle)));
+  active_.clear();
+  for (int64_t head = 0; head < group_; ++head) active_.push_back(head);
+  Chunk chunk;
+  for (int64_t bundle = 0; bundle < most && !active_.empty(); ++bundle) {
+    const int64_t begin = bundle * p_.bundle, end = std::min(total, begin + p_.bundle);
+    for (int64_t from = begin; from < end; from += kKeys) {
+      chunk.count = std::min<int64_t>(kKeys, end - from);
+      for (int64_t j = 0; j < chunk.count; ++j) {
+        const int64_t key = low_ + order_[from + j];
+        chunk.k[j] = k_row(key), chunk.v[j] = v_row(key);
+      }
+      for (int64_t j = from + kKeys; j < std::min(total, from + 2 * kKeys); ++j) {
+        prefetch(k_row(low_ + order_[j]), p_.width);
+        prefetch(v_row(low_ + order_[j]), p_.value_width);
+      }
+      for (const int64_t head : active_) softmax_.add(head, chunk);
+    }
+    const float ratio = static_cast<float>(static_cast<double>(total - end) / static_cast<double>(end - begin));
+    active_.erase(std::remove_if(active_.begin(), active_.end(),
+                                 [&](int64_t head) {
+                                   const bool stop = may_stop(head, ratio, &estimate_[head]);
+                                   softmax_.settle(head);
+                                   read_[head] = bundle + 1;
+                                   return stop;
+                                 }),
+                  active_.end());
+  }
+}
+
+// Of a row's mass, the share that `reach`, not read, would have.
+inline float share(float reach, float mass) { return reach == 0.0f ? 0.0f : reach / (mass + reach); }
+
+// Whether the estimated tail of every row is within the budget; its mean over the rows goes to `estimate`.
+bool Worker::may_stop(int64_t head, float ratio, float* estimate) {
+  const float budget = p_.budgets[kv_head_ * group_ + head];
+  bool fine = budget > 0.0f;
+  const float assumed = ratio > 0.0f ? std::max(ratio, static_cast<float>(p_.horizon)) : 0.0f;
+  double sum = 0.0;
+  for (int64_t i = 0; i < rows_; ++i) {
+    const float added = softmax_.added(head, i), mass = softmax_.mass(head, i) + added;
+    fine &= share(assumed * added, mass) <= budget;  // not so for NaN
+    sum += share(ratio * added, mass);
+  }
+  *estimate = static_cast<float>(sum / static_cast<double>(rows_));
+  return fine;
+}
+
+// The tail of each head: heads that stopped early first, so that what is left of the groups only shrinks.
+void Worker::add_tails() {
+  const int64_t total = order_.size(), whole = p_.length / p_.block, groups = whole * p_.clusters;
+  const int64_t head_at = b_ * p_.kv_heads + kv_head_;
+  const int32_t* member = p_.member + head_at * whole * p_.block + low_;
+  std::vector<int64_t> heads;
+  for (int64_t head = 0; head < group_; ++head)
+    if (read_[head] * p_.bundle < total) heads.push_back(head);
+  if (heads.empty()) return;
+  std::stable_sort(heads.begin(), heads.end(), [&](int64_t x, int64_t y) { return read_[x] < read_[y]; });
+  counts_.assign(groups, 0);
+  for (int64_t i = 0; i < total; ++i) ++counts_[member[order_[i]]];
+  int64_t done = 0;
+  for (size_t first = 0, last = 0; first < heads.size(); first = last) {
+    const int64_t read = read_[heads[first]];
+    while (last < heads.size() && read_[heads[last]] == read) ++last;
+    for (; done < read * p_.bundle; ++done) --counts_[member[order_[done]]];
+    Chunk chunk;
+    chunk.limit = static_cast<float>(p_.limit);
+    for (int64_t g = low_ / p_.block * p_.clusters; g < high_ / p_.block * p_.clusters; ++g) {
+      if (!counts_[g]) continue;
+      const int64_t row = head_at * groups + g;
+      chunk.k[chunk.count] = p_.tail_k + row * p_.width, chunk.v[chunk.count] = p_.tail_v + row * p_.value_width;
+      chunk.spread[chunk.count] = p_.tail_spread + row * p_.width;
+      chunk.bias[chunk.count++] = std::log2(static_cast<float>(counts_[g]));
+      if (chunk.count == kKeys) flush_tail(chunk, heads, first, last);
+    }
+    flush_tail(chunk, heads, first, last);
+    for (size_t i = first; i < last; ++i) softmax_.settle(heads[i]);
+  }
+}
+
+void Worker::flush_tail(Chunk& chunk, const std::vector<int64_t>& heads, size_t first, size_t last) {
+  if (!chunk.count) return;
+  for (size_t i = first; i < last; ++i) softmax_.add(heads[i], chunk);
+  chunk.count = 0;
+}
+
+void Worker::write(int64_t t, int64_t tiles) {
+  const int64_t first = start_ - (p_.length - p_.queries), total = order_.size();
+  for (int64_t head = 0; head < group_; ++head) {
+    const int64_t h = kv_head_ * group_ + head, at = (b_ * p_.heads + h) * tiles + t;
+    for (int64_t i = 0; i < rows_; ++i)
+      softmax_.write(head, i, p_.output + ((b_ * p_.queries + first + i) * p_.heads + h) * p_.value_width,
+                     p_.lse + (b_ * p_.heads + h) * p_.queries + first + i);
+    p_.bundles[at] = read_[head];
+    p_.tail[at] = estimate_[head];
+    p_.pairs[at] = dense_pairs_ + std::min(total, read_[head] * p_.bundle) * rows_;
+    p_.visible[at] = dense_pairs_ + total * rows_;
+  }
+}
+
+}  // namespace
+
+// 0, or 1 when memory ran out. Tiles are handed out one by one, those with the longest prefix first; a tile's result
+// does not depend on who computes it. Threads live for one call, so that a process may fork between calls.
+extern "C" int s2o_cpu_sparse(const Problem* problem) {
+  const Problem& p = *problem;
+  const int64_t before = p.length - p.queries, first = before / p.tile;
+  const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, tasks = p.batch * p.kv_heads * tiles;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  const auto work = [&]() {
+    try {
+      Worker worker(p);
+      for (int64_t task; !failed && (task = next++) < tasks;) {
+        const int64_t t = tiles - 1 - task / (p.batch * p.kv_heads), pair = task % (p.batch * p.kv_heads);
+        const int64_t start = std::max(before, (first + t) * p.tile);
+        const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
+        worker.run(pair / p.kv_heads, pair % p.kv_heads, t, start, end, tiles);
+      }
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  std::vector<std::thread> threads;
+  try {
+    for (int64_t i = 1; i < std::min(p.threads, tasks); ++i) threads.emplace_back(work);
+  } catch (const std::exception&) {  // no more threads to be had: the work is done by those there are
+  }
+  work();
+  for (std::thread& thread : threads) thread.join();
+  return failed ? 1 : 0;
+}

@@ -1,0 +1,206 @@
+"""S2O sparse attention on CPU: `s2o_inductor.kernels.reference_sparse` with rule "tail" and shared orders, fast.
+
+The work is done by cpu_sparse.cpp, compiled at the first call (see `s2o_inductor.kernels.native`), or where that
+cannot be had by torch code, `s2o_inductor.kernels.cpu_sparse_torch`, which float64 always takes. Both compute in
+float32 (float64) and agree but for rounding, which may send a token to the neighbouring bundle.
+
+They differ from the reference where values are not finite: what a row may not see, NaN or infinity included, never
+reaches it, not even as a weight of 0 times NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2o_inductor.kernels import cpu_sparse_torch, native
+from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
+from s2o_inductor.kernels.reference_sparse import tiles_of
+from s2o_inductor.kernels.tail_groups import Groups, tail_groups
+from s2o_inductor.sparse_policy import Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A result of `forward`.
+
+    Attributes:
+        output: (B, Hq, Sq, Dv) in the dtype of q, stored as (B, Sq, Hq, Dv).
+        lse: float32 (B, Hq, Sq), float64 for float64: natural logarithm of the mass of what was read and of the
+            tail; -inf for a row that sees no key, whose output is 0.
+        bundles: int64 (B, Hq, tiles), bundles read.
+        tail: (B, Hq, tiles) in the dtype of lse, mean over the rows of the share of the mass that the stop rule
+            estimated to be left after the last bundle.
+        pairs: int64 (B, Hq), visible (query, key) pairs whose score was computed.
+        visible: int64 (B, Hq), visible pairs.
+    """
+
+    output: Tensor
+    lse: Tensor
+    bundles: Tensor
+    tail: Tensor
+    pairs: Tensor
+    visible: Tensor
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    budgets: Sequence[float],
+    causal: bool,
+    window: int | None,
+    keys: Tensor | None,
+    max_density: float,
+    geometry: Geometry,
+) -> Result:
+    """S2O sparse attention.
+
+    Args:
+        q: (B, Hq, Sq, D), float32, float64, bfloat16 or float16, any strides.
+        k: (B, Hkv, Sk, D), Sq <= Sk; query head h reads key/value head h // (Hq / Hkv).
+        v: (B, Hkv, Sk, Dv).
+        scale: of the scores.
+        budgets: thresholds of the stop rule, one for all query heads or one for each; 0 reads everything.
+        causal: query i of Sq sees keys up to i + Sk - Sq.
+        window: with `causal`, it sees the last `window` of these alone.
+        keys: bool (B, Sk), keys that may be seen at all; None is all of them.
+        max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
+        geometry: sizes.
+
+    Raises:
+        ValueError: sizes, budgets, density or window are out of range.
+        MemoryError: there is no memory for the scores of one tile per thread.
+    """
+    _check(q, k, v, budgets, causal, window, keys, max_density)
+    budgets = tuple(budgets) * (q.shape[1] if len(budgets) == 1 else 1)
+    wide = lse_dtype(q.dtype)
+    # Converted once: a key is read by many tiles.
+    wide_q, wide_k, wide_v = (x.to(wide) for x in (q, k, v))
+    if keys is not None:
+        wide_k, wide_v = (x.masked_fill(~keys[:, None, :, None], 0.0) for x in (wide_k, wide_v))
+    groups = None
+    if geometry.clusters and 0 not in (*q.shape, *k.shape):
+        groups = tail_groups(wide_k, wide_v, None if keys is None else ~keys[:, None], geometry)
+    library = None if wide == torch.float64 or 0 in q.shape[:3] else native.library("cpu_sparse")
+    run = cpu_sparse_torch.run if library is None else _Native(library)
+    batch, heads, queries, _ = q.shape
+    tiles = len(tiles_of(queries, k.shape[2], geometry.tile))
+    output = empty_heads_last((batch, heads, queries, v.shape[3]), wide_q)
+    lse = torch.empty(batch, heads, queries, dtype=wide)
+    tail = torch.empty(batch, heads, tiles, dtype=wide)
+    bundles, pairs, visible = (torch.empty(batch, heads, tiles, dtype=torch.int64) for _ in range(3))
+    result = Result(output, lse, bundles, tail, pairs, visible)
+    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, geometry, groups)
+    return dataclasses.replace(
+        result, output=heads_last(output.to(q.dtype)), pairs=pairs.sum(dim=2), visible=visible.sum(dim=2)
+    )
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, budgets: Sequence[float], causal: bool, window: int | None,
+    keys: Tensor | None, max_density: float,
+) -> None:  # fmt: skip
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q (B, Hq, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) must agree; got {shapes}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the query heads must be a multiple of the key/value heads; got {heads} and {kv_heads}")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"sparse attention needs at least as many keys as queries; got {k.shape[2]} keys and {q.shape[2]} queries"
+        )
+    if len(budgets) not in (1, heads):
+        raise ValueError(f"there must be one budget, or one for each of {heads} query heads; got {len(budgets)}")
+    if not all(budget >= 0 for budget in budgets) or not 0 < max_density <= 1:
+        raise ValueError(
+            f"budgets must be at least 0 and max_density in (0, 1]; got {tuple(budgets)} and {max_density}"
+        )
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
+    if keys is not None and (keys.dtype != torch.bool or keys.shape != (k.shape[0], k.shape[2])):
+        raise ValueError(
+            f"keys must be bool (B, Sk) = {(k.shape[0], k.shape[2])}; got {keys.dtype} {tuple(keys.shape)}"
+        )
+
+
+def _fields(names: str, kind: type) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of cpu_sparse.cpp, field by field."""
+
+    _fields_ = [
+        *_fields(
+            "q k v tail_k tail_spread tail_v member keys budgets output lse tail bundles pairs visible", ctypes.c_void_p
+        ),
+        *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
+        *_fields("batch heads kv_heads queries length width value_width causal window", ctypes.c_int64),
+        *_fields("tile sink bundle horizon sub_means smoothing block clusters threads", ctypes.c_int64),
+        *_fields("scale max_density limit", ctypes.c_double),
+    ]
+
+
+class _Native:
+    """Runs the compiled kernel; `cpu_sparse_torch.run` with the same arguments does the same in torch."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def __call__(
+        self, result: Result, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
+        window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
+    ) -> None:  # fmt: skip
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        tail: dict[str, Tensor | None] = dict.fromkeys(("tail_k", "tail_spread", "tail_v", "member"))
+        if groups is not None:
+            # The kernel's queries carry the scale and log2(e), which the second-order term must hold once.
+            spread = groups.variance / (2 * math.log2(math.e))
+            tail = {
+                "tail_k": groups.k.contiguous(),
+                "tail_spread": spread.contiguous(),
+                "tail_v": groups.v.contiguous(),
+                "member": groups.member.int().contiguous(),
+            }
+        tensors = {
+            "q": q,
+            "k": k,
+            "v": v,
+            **tail,
+            "keys": None if keys is None else keys.contiguous(),
+            "budgets": torch.tensor(budgets, dtype=torch.float32),
+            **{field.name: getattr(result, field.name) for field in dataclasses.fields(result)},
+        }
+        problem = _Problem(
+            **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
+            **{f"{name}_strides": (ctypes.c_int64 * 3)(*x.stride()[:3]) for name, x in (("q", q), ("k", k), ("v", v))},
+            batch=q.shape[0],
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            queries=q.shape[2],
+            length=k.shape[2],
+            width=q.shape[3],
+            value_width=v.shape[3],
+            causal=causal,
+            window=window or 0,
+            **{
+                name: getattr(geometry, name)
+                for name in ("tile", "sink", "bundle", "horizon", "sub_means", "smoothing", "block")
+            },
+            clusters=0 if groups is None else geometry.clusters,
+            threads=torch.get_num_threads(),
+            scale=scale,
+            max_density=max_density,
+            limit=geometry.limit * math.log2(math.e),
+        )
+        if self.library.s2o_cpu_sparse(ctypes.byref(problem)):
+            raise MemoryError(f"no memory for sparse attention over {k.shape[2]} keys on {problem.threads} threads")

@@ -1,0 +1,189 @@
+"""S2O sparse attention on CPU in torch: what `s2o_inductor.kernels.cpu_sparse` runs without a C++ compiler.
+
+Tile by tile with an online softmax; all query heads of a group that have not stopped share a gathered bundle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from s2o_inductor.kernels.reference_sparse import tiles_of, token_order, token_scores
+from s2o_inductor.kernels.tail_groups import Groups, tail_logits
+from s2o_inductor.sparse_policy import Geometry
+
+if TYPE_CHECKING:
+    from s2o_inductor.kernels.cpu_sparse import Result
+
+_HIDDEN = float("-inf")
+
+
+class _Softmax:
+    """An online softmax over keys, for the rows of a group of heads, (G, R).
+
+    Attributes:
+        q: (G, R, D), scaled.
+        peak, mass: (G, R), largest score so far and sum of exp(score - peak).
+        added: (G, R), the part of `mass` that came since it was last set to 0.
+        output: (G, R, Dv), sum of exp(score - peak) times value.
+    """
+
+    def __init__(self, q: Tensor, value_width: int) -> None:
+        self.q = q
+        self.peak = q.new_full(q.shape[:2], _HIDDEN)
+        self.mass, self.added = q.new_zeros(q.shape[:2]), q.new_zeros(q.shape[:2])
+        self.output = q.new_zeros(*q.shape[:2], value_width)
+
+    def add(self, heads: Tensor, k: Tensor, v: Tensor, sees: Tensor | None = None) -> None:
+        """Keys k (N, D) with values v (N, Dv), for the heads with these numbers.
+
+        Args:
+            heads: int64 (A,).
+            k: (N, D).
+            v: (N, Dv).
+            sees: bool (R, N), or None where every row sees every key.
+        """
+        self.add_scores(heads, self.q[heads] @ k.T, v, sees)
+
+    def add_scores(self, heads: Tensor, scores: Tensor, v: Tensor, sees: Tensor | None = None) -> None:
+        """The same for keys whose scores (A, R, N) are known."""
+        broken = None
+        if sees is not None:
+            scores.masked_fill_(~sees, _HIDDEN)
+            broken = (~v.isfinite().all(dim=1)).nonzero().flatten()
+        peak = scores.amax(dim=2).maximum(self.peak[heads])
+        base = peak.masked_fill(peak == _HIDDEN, 0.0)
+        shrink = (self.peak[heads] - base).exp()
+        weights = (scores - base[..., None]).exp()
+        sums = weights.sum(dim=2)
+        if sees is None or broken is None or not broken.numel():
+            output = weights @ v
+        else:  # those who may not see a value weigh it with 0, and 0 times NaN is NaN
+            output = weights @ v.index_fill(0, broken, 0.0)
+            output += torch.where(sees[:, broken, None], weights[:, :, broken, None] * v[broken], 0.0).sum(dim=2)
+        self.output[heads] = self.output[heads] * shrink[..., None] + output
+        self.mass[heads] = self.mass[heads] * shrink + sums
+        self.added[heads] = self.added[heads] * shrink + sums
+        self.peak[heads] = peak
+
+
+def run(
+    result: Result, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
+    window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
+) -> None:  # fmt: skip
+    """Fills `result`, whose pairs and visible are per tile, (B, Hq, tiles).
+
+    The arguments are those of `cpu_sparse.forward` but for q, k and v, which are float32 or float64, k and v with
+    zeros at hidden keys, for the budgets, one for each query head, and for the groups of keys, none without a tail.
+    """
+    batch, heads, queries, _ = q.shape
+    kv_heads, length = k.shape[1:3]
+    group = heads // kv_heads
+    limits = q.new_tensor(budgets).unflatten(0, (kv_heads, group))
+    for b in range(batch):
+        allowed = torch.ones(length, dtype=torch.bool) if keys is None else keys[b]
+        for head in range(kv_heads):
+            of_group = slice(head * group, (head + 1) * group)
+            for t, (start, end) in enumerate(tiles_of(queries, length, geometry.tile)):
+                rows = slice(start - (length - queries), end - (length - queries))
+                spans = _spans(start, end, length, causal, window, geometry)
+                tile = _Softmax(q[b, of_group, rows] * scale, v.shape[3])
+                every = torch.arange(group)
+                dense = torch.cat([torch.arange(first, last) for first, last in (spans[0], spans[2])])
+                dense = dense[allowed[dense]]
+                sees = _visible(torch.arange(start, end), dense, causal, window)
+                if dense.numel():
+                    tile.add(every, k[b, head, dense], v[b, head, dense], sees)
+                prefix = slice(*spans[1])
+                hidden = ~allowed[prefix]
+                scores = token_scores(
+                    q[b, of_group, rows], k[b, head, prefix], scale, geometry.sub_means, geometry.smoothing, hidden
+                )
+                order = token_order(scores, hidden)
+                read, left = _bundles(
+                    tile,
+                    k[b, head, prefix],
+                    v[b, head, prefix],
+                    order,
+                    limits[head],
+                    max_density,
+                    geometry.bundle,
+                    geometry.horizon,
+                )
+                if groups is not None:
+                    of_head = Groups(*(x[b, head] for x in (groups.member, groups.k, groups.variance, groups.v)))
+                    _tails(tile, of_head, prefix, order, read, geometry)
+                nothing = tile.mass == 0
+                result.output[b, of_group, rows] = tile.output / tile.mass.masked_fill(nothing, 1.0)[..., None]
+                result.lse[b, of_group, rows] = tile.peak + tile.mass.log()
+                result.bundles[b, of_group, t] = read
+                result.tail[b, of_group, t] = left
+                tokens = (read * geometry.bundle).clamp(max=order.numel())
+                result.pairs[b, of_group, t] = sees.sum() + tokens * (end - start)
+                result.visible[b, of_group, t] = sees.sum() + order.numel() * (end - start)
+
+
+def _spans(
+    start: int, end: int, length: int, causal: bool, window: int | None, geometry: Geometry
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Keys that the tile [start, end) of queries reads densely before its prefix, the prefix, and those after it."""
+    unit = geometry.block
+    low, first = geometry.sink, 0
+    if window is not None:
+        low, first = max(low, -(-(end - window) // unit) * unit), max(start - window + 1, 0)
+    high = max(low, (start // geometry.tile * geometry.tile if causal else length) // unit * unit)
+    last = end if causal else length
+    return (first, max(first, min(low, last))), (low, high), (max(first, high), max(first, high, last))
+
+
+def _visible(queries: Tensor, keys: Tensor, causal: bool, window: int | None) -> Tensor:
+    """bool (R, N) for positions of queries (R,) and keys (N,)."""
+    sees = torch.ones(queries.numel(), keys.numel(), dtype=torch.bool)
+    if causal:
+        sees = keys <= queries[:, None]
+    return sees if window is None else sees & (keys > queries[:, None] - window)
+
+
+def _bundles(
+    tile: _Softmax, k: Tensor, v: Tensor, order: Tensor, budgets: Tensor, max_density: float, bundle: int, horizon: int
+) -> tuple[Tensor, Tensor]:
+    """Reads bundles of a prefix until each head's rule stops it: bundles read, int64 (G,), tail estimates (G,)."""
+    total, group = order.numel(), budgets.numel()
+    read, estimate = torch.zeros(group, dtype=torch.int64), torch.zeros_like(budgets)
+    active = torch.arange(group)
+    for number in range(math.ceil(math.ceil(max_density * total) / bundle)):
+        tokens = order[number * bundle : (number + 1) * bundle]
+        tile.added.zero_()
+        tile.add(active, k[tokens], v[tokens])
+        ratio = max(total - (number + 1) * bundle, 0) / tokens.numel()
+        left, assumed = (
+            torch.where(reach == 0, 0.0, reach / (tile.mass[active] + reach))
+            for reach in (ratio * tile.added[active], (max(ratio, horizon) if ratio else 0.0) * tile.added[active])
+        )
+        read[active] = number + 1
+        estimate[active] = left.mean(dim=1)
+        # Written so that NaN goes on; a budget of 0 is no threshold, since a share may underflow to it.
+        stops = (budgets[active] > 0) & (assumed <= budgets[active, None]).all(dim=1)
+        active = active[~stops]
+        if not active.numel():
+            break
+    return read, estimate
+
+
+def _tails(tile: _Softmax, groups: Groups, prefix: slice, order: Tensor, read: Tensor, geometry: Geometry) -> None:
+    """Adds the tail of a prefix, once for all heads that stopped after the same bundle."""
+    member = groups.member[prefix][order]
+    for bundles in read.unique().tolist():
+        left = member[bundles * geometry.bundle :].bincount(minlength=groups.k.shape[0])
+        some = left > 0
+        if not some.any():
+            continue
+        heads = (read == bundles).nonzero().flatten()
+        standing = Groups(groups.member, groups.k[some], groups.variance[some], groups.v[some])
+        q = tile.q[heads].flatten(0, 1)  # scaled already
+        scores = tail_logits(q, standing, left[some], 1.0, geometry.limit).unflatten(0, (heads.numel(), -1))
+        tile.add_scores(heads, scores, standing.v)

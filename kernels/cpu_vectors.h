@@ -1,0 +1,165 @@
+// Vectors of floats as wide as the machine's, and the products of attention on them, for the kernels of this folder.
+//
+// Scores lie transposed, keys x queries, and queries come in panels as wide as a few vector registers. Maxima and
+// sums over keys then need no step across lanes, and both products read a key's row one number at a time, broadcast:
+// a row of K or V is used where it lies, through a pointer, neither packed nor copied.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+
+namespace s2o {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kVectors = 4;
+#else
+constexpr int kLanes = 4, kVectors = 2;
+#endif
+constexpr int kPanel = kLanes * kVectors;  // queries
+constexpr int kRows = 6;                   // kRows x kVectors accumulators leave few registers idle
+constexpr int kKeys = 64;                  // of a chunk: its rows and scores stay in L1 and L2
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(kLanes * 4), may_alias));
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec& vec(float* x) { return *reinterpret_cast<Vec*>(x); }
+inline const Vec& vec(const float* x) { return *reinterpret_cast<const Vec*>(x); }
+
+// 2^x for x <= 0 with a relative error under 2e-7; exactly 0 below the normal numbers, so that what is hidden
+// weighs nothing. NaN stays NaN.
+inline Vec exp2_of(Vec x) {
+  const Vec rounder = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits hold x rounded to an integer
+  const Vec sum = x + rounder;
+  const Vec f = x - (sum - rounder);
+  Vec y = splat(1.326472711e-3f);  // minimax for 2^f, |f| <= 1/2
+  y = y * f + 9.671512681e-3f;
+  y = y * f + 5.550733743e-2f;
+  y = y * f + 2.402224208e-1f;
+  y = y * f + 6.931469776e-1f;
+  y = y * f + 1.0f;
+  const Vec power = (Vec)(((Bits)sum << 23) + 0x3f800000);
+  return x < splat(-126.0f) ? Vec{} : y * power;
+}
+
+inline float lane_sum(Vec x) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad parts[kLanes / 4];
+  std::memcpy(parts, &x, sizeof x);
+  for (int half = kLanes / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+}
+
+// out[i] = sum over d of rows[i][d] * columns[d], for ROWS keys and VECS vectors of queries.
+template <int ROWS, int VECS>
+inline void multiply(const float* const* rows, const float* columns, int64_t column_stride, int64_t depth, float* out,
+                     int64_t out_stride) {
+  Vec sum[ROWS][VECS] = {};
+  const float* row[ROWS];
+  for (int i = 0; i < ROWS; ++i) row[i] = rows[i];
+  for (int64_t d = 0; d < depth; ++d, columns += column_stride) {
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec x = splat(row[i][d]);
+      for (int c = 0; c < VECS; ++c) sum[i][c] += x * vec(columns + c * kLanes);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int c = 0; c < VECS; ++c) vec(out + i * out_stride + c * kLanes) = sum[i][c];
+}
+
+// out[i] += sum over keys j of rows[j][first + i] * weights[j], for ROWS features and a panel of queries.
+template <int ROWS>
+inline void accumulate(const float* const* rows, int64_t first, const float* weights, int64_t count, float* out) {
+  Vec sum[ROWS][kVectors];
+  for (int i = 0; i < ROWS; ++i)
+    for (int c = 0; c < kVectors; ++c) sum[i][c] = vec(out + i * kPanel + c * kLanes);
+  for (int64_t j = 0; j < count; ++j, weights += kPanel) {
+    const float* row = rows[j] + first;
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec x = splat(row[i]);
+      for (int c = 0; c < kVectors; ++c) sum[i][c] += x * vec(weights + c * kLanes);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int c = 0; c < kVectors; ++c) vec(out + i * kPanel + c * kLanes) = sum[i][c];
+}
+
+// The last rows, fewer than a whole block.
+template <int ROWS, int VECS>
+void multiply_rest(int64_t left, const float* const* rows, const float* columns, int64_t column_stride, int64_t depth,
+                   float* out, int64_t out_stride) {
+  if constexpr (ROWS > 0) {
+    if (left == ROWS) return multiply<ROWS, VECS>(rows, columns, column_stride, depth, out, out_stride);
+    multiply_rest<ROWS - 1, VECS>(left, rows, columns, column_stride, depth, out, out_stride);
+  }
+}
+
+template <int ROWS>
+void accumulate_rest(int64_t left, const float* const* rows, int64_t first, const float* weights, int64_t count,
+                     float* out) {
+  if constexpr (ROWS > 0) {
+    if (left == ROWS) return accumulate<ROWS>(rows, first, weights, count, out);
+    accumulate_rest<ROWS - 1>(left, rows, first, weights, count, out);
+  }
+}
+
+template <int VECS>
+void multiply_all(const float* const* rows, int64_t count, const float* columns, int64_t column_stride, int64_t depth,
+                  float* out, int64_t out_stride) {
+  constexpr int ROWS = VECS >= 4 ? kRows : 8;
+  int64_t i = 0;
+  for (; i + ROWS <= count; i += ROWS)
+    multiply<ROWS, VECS>(rows + i, columns, column_stride, depth, out + i * out_stride, out_stride);
+  multiply_rest<ROWS - 1, VECS>(count - i, rows + i, columns, column_stride, depth, out + i * out_stride, out_stride);
+}
+
+// output (width, kPanel) += for each feature, the sum over `count` keys of value times weight.
+inline void accumulate_all(const float* const* values, int64_t count, const float* weights, int64_t width,
+                           float* output) {
+  int64_t d = 0;
+  for (; d + kRows <= width; d += kRows) accumulate<kRows>(values, d, weights, count, output + d * kPanel);
+  accumulate_rest<kRows - 1>(width - d, values, d, weights, count, output + d * kPanel);
+}
+
+inline bool is_finite(const float* row, int64_t width) {
+  float probe = 0.0f;  // infinity times 0 is NaN
+  for (int64_t d = 0; d < width; ++d) probe += row[d] * 0.0f;
+  return probe == 0.0f;
+}
+
+// Memory of one thread, aligned for vectors; grows and is never cleared.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+  float* of(int64_t floats) {
+    if (floats > size_) {
+      release();
+      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t(64)));
+      size_ = floats;
+    }
+    return data_;
+  }
+
+ private:
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+    data_ = nullptr;
+    size_ = 0;
+  }
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace s2o

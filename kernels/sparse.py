@@ -1,0 +1,150 @@
+"""Sparse attention: which calls may run it, and what all devices share around the kernels.
+
+A call that is short, that a mask keeps from being ranked, or that its budget makes exact runs the dense route:
+the choice is made here, from sizes alone, so that a graph with symbolic lengths has it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from s2o_inductor.kernels import cpu_sparse, dense, reference
+from s2o_inductor.kernels.mask import HIDDEN_KEY
+from s2o_inductor.sparse_policy import Geometry, SparsePolicy
+
+GEOMETRY = Geometry()
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What one call read, per query head, on the device of the call: reading it waits for that.
+
+    Attributes:
+        pairs: int64 (B, Hq), visible (query, key) pairs whose score was computed.
+        visible: int64 (B, Hq), visible pairs.
+        bundles: (B, Hq, tiles), bundles of keys that a tile read.
+        tail: (B, Hq, tiles), estimated share of the softmax mass that a tile left unread, mean of its rows.
+        error: (B, Hq), squared error of the audited rows relative to their squared norm; None without an audit.
+    """
+
+    pairs: Tensor
+    visible: Tensor
+    bundles: Tensor
+    tail: Tensor
+    error: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a budget would have cost and changed in one call, per query head, for calibration.
+
+    Attributes:
+        budget: the budget tried.
+        density: (B, Hq), computed pairs over visible pairs.
+        error: (B, Hq), squared error of the output, and
+        norm: (B, Hq), squared norm of the exact output.
+    """
+
+    budget: float
+    density: Tensor
+    error: Tensor
+    norm: Tensor
+
+
+def why_dense(call: dense.Call, q: Tensor, k: Tensor, policy: SparsePolicy) -> str | None:
+    """Why a call must be computed exactly, or None when it may be approximated; reads sizes alone."""
+    queries, keys = q.shape[2], k.shape[2]
+    if q.device.type != "cpu":
+        return f"no sparse kernel for {q.device.type!r} in this version"
+    if all(budget == 0.0 for budget in policy.budgets) and not policy.candidates:
+        return "budget 0"
+    if call.mask is not None or call.spec.rows or call.spec.equal or call.spec.at_most:
+        return f"mask terms {call.spec.terms()} are not ranked"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{q.dtype} is computed exactly"
+    if call.dropout_p > 0.0:
+        return "dropout"
+    if call.upper is None and call.lower is not None:
+        return "a window without causality"
+    if call.upper is not None and not 0 <= call.upper <= keys - queries:
+        return "queries that stand before the first or behind the last key"
+    if queries < GEOMETRY.tile:
+        return f"{queries} queries are fewer than a tile"
+    if _end(call, queries, keys) < max(policy.min_seq, 2 * GEOMETRY.tile):
+        return f"shorter than min_seq={policy.min_seq}"
+    return None
+
+
+def forward(
+    call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparsePolicy
+) -> tuple[Tensor, Tensor, str, Statistics | list[Trial] | None]:
+    """Output and lse as `dense.forward`, the route taken, and what it read; None for the dense route.
+
+    Under a policy with candidates the result is exact and the last item lists what each would have given.
+    """
+    if why_dense(call, q, k, policy) is not None:
+        return *dense.forward(call, q, k, v), call.route, None
+    if policy.candidates:
+        output, lse = dense.forward(call, q, k, v)
+        return output, lse, call.route, [_try(call, q, k, v, budget, policy, output) for budget in policy.candidates]
+    output, lse, statistics = _sparse(call, q, k, v, policy.budgets, policy.max_density)
+    output, lse = dense.finish(call, output, lse, v)
+    if policy.audit:
+        statistics = dataclasses.replace(statistics, error=_audit(call, q, k, v, output, policy.audit))
+    return output, lse, f"{q.device.type}-s2o", statistics
+
+
+def _end(call: dense.Call, queries: int, keys: int) -> int:
+    """Keys that some query sees: a static cache is longer than what it holds."""
+    return keys if call.upper is None else min(keys, queries + call.upper)
+
+
+def _visible_keys(call: dense.Call, end: int) -> Tensor | None:
+    """bool (B, end), the keys that are not padding; None where all are seen."""
+    return None if call.spec.keys is None else call.plan[1][:, 0, :end] != HIDDEN_KEY
+
+
+def _sparse(
+    call: dense.Call, q: Tensor, k: Tensor, v: Tensor, budgets: tuple[float, ...], max_density: float
+) -> tuple[Tensor, Tensor, Statistics]:
+    end = _end(call, q.shape[2], k.shape[2])
+    window = None if call.lower is None or call.upper is None else call.upper - call.lower + 1
+    result = cpu_sparse.forward(
+        q, k[:, :, :end], v[:, :, :end], scale=call.scale, budgets=budgets, causal=call.upper is not None,
+        window=window, keys=_visible_keys(call, end), max_density=max_density, geometry=GEOMETRY,
+    )  # fmt: skip
+    return result.output, result.lse, Statistics(result.pairs, result.visible, result.bundles, result.tail)
+
+
+def _try(
+    call: dense.Call, q: Tensor, k: Tensor, v: Tensor, budget: float, policy: SparsePolicy, exact: Tensor
+) -> Trial:
+    output, lse, read = _sparse(call, q, k, v, (budget,), policy.max_density)
+    output, _ = dense.finish(call, output, lse, v)
+    error = (output.float() - exact.float()).square().sum(dim=(2, 3))
+    return Trial(budget, read.pairs / read.visible.clamp(min=1), error, exact.float().square().sum(dim=(2, 3)))
+
+
+def _audit(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, output: Tensor, rows: int) -> Tensor:
+    """(B, Hq): relative squared error of evenly spaced rows, which are computed exactly for it."""
+    queries, keys = q.shape[2], k.shape[2]
+    end = _end(call, queries, keys)
+    at = torch.linspace(0, queries - 1, min(rows, queries), device=q.device).round().long()
+    key = torch.arange(end, device=q.device)
+    visible = torch.ones(1, 1, at.numel(), end, dtype=torch.bool, device=q.device)
+    if call.upper is not None:
+        visible = visible & (key - at[:, None] <= call.upper)
+    if call.lower is not None:
+        visible = visible & (key - at[:, None] >= call.lower)
+    padding = _visible_keys(call, end)
+    if padding is not None:
+        visible = visible & padding[:, None, None]
+    exact, _ = reference.attention(
+        q[:, :, at].float(), k[:, :, :end].float(), v[:, :, :end].float(), visible=visible, scale=call.scale,
+        sinks=call.sinks, empty=call.spec.empty,
+    )  # fmt: skip
+    error = (output[:, :, at].float() - exact).square().sum(dim=(2, 3))
+    return error / exact.square().sum(dim=(2, 3)).clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,285 @@
+"""Properties of S2O attention on the reference, which defines it: research is full of sparse kernels that leak."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from s2o_inductor.kernels import reference
+from s2o_inductor.kernels.reference_sparse import (
+    sparse_attention,
+    stop_after,
+    tiles_of,
+    token_order,
+    token_scores,
+)
+from s2o_inductor.kernels.tail_groups import tail_groups, tail_logits
+from s2o_inductor.sparse_policy import Geometry
+
+SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, smoothing=3, block=8, clusters=2, horizon=4)
+QUICK = settings(max_examples=40)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """q, k, v in float64 with at least as many keys as queries, and a mask of every kind that is ranked."""
+    batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (1, 2, 2), (2, 1, 2)]))
+    keys = draw(st.integers(1, 120))
+    queries = draw(st.integers(1, keys))
+    width, value_width = draw(st.sampled_from([(8, 8), (8, 4)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q = normal(batch, kv_heads * group, queries, width) * draw(st.sampled_from([0.0, 1.0, 4.0]))
+    k, v = normal(batch, kv_heads, keys, width), normal(batch, kv_heads, keys, value_width)
+    causal = draw(st.booleans())
+    mask: dict[str, Any] = {"causal": causal}
+    if causal and draw(st.booleans()):
+        mask["window"] = draw(st.integers(1, keys + 5))
+    if draw(st.booleans()):
+        mask["keys"] = torch.rand(batch, keys, generator=generator) < 0.8
+    return q, k, v, mask
+
+
+def visible(q: Tensor, k: Tensor, causal: bool = True, window: int | None = None, keys: Tensor | None = None) -> Tensor:
+    """bool (B, 1, Sq, Sk), written another way than the code under test."""
+    queries, length = q.shape[2], k.shape[2]
+    seen = torch.ones(queries, length, dtype=torch.bool)
+    if causal:
+        seen = seen.tril(length - queries)
+    if window is not None:
+        seen = seen.triu(length - queries - window + 1)
+    return seen if keys is None else seen & keys[:, None, None, :]
+
+
+@QUICK
+@given(problems(), st.sampled_from([0, 2]), st.booleans())
+def test_budget_zero_is_attention(problem: Any, clusters: int, share: bool) -> None:
+    q, k, v, mask = problem
+    geometry = dataclasses.replace(SMALL, clusters=clusters)
+    got = sparse_attention(q, k, v, budgets=(0.0,), share_order=share, geometry=geometry, **mask)
+    output, lse = reference.attention(q, k, v, visible=visible(q, k, **mask))
+    torch.testing.assert_close(got.output, output, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.lse, lse, rtol=1e-9, atol=1e-9)
+    assert torch.equal(got.pairs, got.visible)
+    assert (got.tail < 1e-9).all()
+
+
+@QUICK
+@given(problems(), st.floats(0, 1), st.floats(0, 1))
+def test_a_smaller_budget_never_reads_less(problem: Any, one: float, other: float) -> None:
+    q, k, v, mask = problem
+    less, more = (
+        sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask) for budget in sorted((one, other))
+    )
+    assert (less.bundles >= more.bundles).all()
+    assert (less.pairs >= more.pairs).all()
+
+
+@QUICK
+@given(problems(), st.floats(0.1, 1))
+def test_without_their_spread_groups_never_over_count(problem: Any, budget: float) -> None:
+    """A tail of groups adds mass; to first order, by Jensen's inequality, at most that of the keys it stands for."""
+    q, k, v, mask = problem
+    # As many groups as keys: what is left of a group is all of it or nothing, as the inequality asks.
+    every = dataclasses.replace(SMALL, clusters=SMALL.block, limit=0.0, rounds=1)
+    got, dropped = (
+        sparse_attention(q, k, v, budgets=(budget,), geometry=geometry, **mask)
+        for geometry in (every, dataclasses.replace(SMALL, clusters=0))
+    )
+    _, lse = reference.attention(q, k, v, visible=visible(q, k, **mask))
+    assert (got.lse <= lse + 1e-9).all()
+    assert torch.equal(dropped.pairs, got.pairs)
+    assert (got.lse >= dropped.lse - 1e-9).all()
+
+
+@QUICK
+@given(problems(), st.floats(0.1, 1))
+def test_no_key_of_the_future_and_no_hidden_key_reaches_a_row(problem: Any, budget: float) -> None:
+    q, k, v, mask = problem
+    queries, length = q.shape[2], k.shape[2]
+    before = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    if mask["causal"]:
+        # Everything from a tile's last position on is poisoned: that tile and those before it must not notice.
+        start, end = tiles_of(queries, length, SMALL.tile)[0]
+        poisoned_q, poisoned_k, poisoned_v = q.clone(), k.clone(), v.clone()
+        poisoned_k[:, :, end:] = poisoned_v[:, :, end:] = float("nan")
+        poisoned_q[:, :, end - start :] = float("nan")
+        after = sparse_attention(poisoned_q, poisoned_k, poisoned_v, budgets=(budget,), geometry=SMALL, **mask)
+        assert torch.equal(before.output[:, :, : end - start], after.output[:, :, : end - start])
+    if "keys" in mask:
+        hidden = ~mask["keys"][:, None, :, None]
+        after = sparse_attention(
+            q, k.masked_fill(hidden, 7.0), v.masked_fill(hidden, 1e6), budgets=(budget,), geometry=SMALL, **mask
+        )
+        torch.testing.assert_close(before.output, after.output, rtol=1e-9, atol=1e-9)
+
+
+@QUICK
+@given(problems(), st.floats(0, 1), st.integers(0, 7))
+def test_chunks_of_whole_tiles_give_what_the_whole_prefill_gives(problem: Any, budget: float, cut: int) -> None:
+    q, k, v, mask = problem
+    if not mask["causal"]:
+        return
+    queries, length = q.shape[2], k.shape[2]
+    edge = min(cut * SMALL.tile, length)
+    first = edge - (length - queries)
+    if not 0 < first < queries:
+        return
+    whole = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    parts = []
+    for rows, end in ((slice(0, first), edge), (slice(first, queries), length)):
+        part = {**mask, "keys": mask["keys"][:, :end]} if "keys" in mask else mask
+        parts.append(
+            sparse_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], budgets=(budget,), geometry=SMALL, **part)
+        )
+    torch.testing.assert_close(torch.cat([part.output for part in parts], 2), whole.output, rtol=1e-9, atol=1e-9)
+    assert torch.equal(torch.cat([part.bundles for part in parts], 2), whole.bundles)
+
+
+@QUICK
+@given(problems(), st.floats(0, 1))
+def test_heads_without_sharing_are_heads_alone(problem: Any, budget: float) -> None:
+    q, k, v, mask = problem
+    group = q.shape[1] // k.shape[1]
+    together = sparse_attention(q, k, v, budgets=(budget,), share_order=False, geometry=SMALL, **mask)
+    repeated = [x.repeat_interleave(group, dim=1) for x in (k, v)]
+    alone = sparse_attention(q, *repeated, budgets=(budget,), geometry=SMALL, **mask)
+    torch.testing.assert_close(together.output, alone.output, rtol=1e-9, atol=1e-9)
+    assert torch.equal(together.bundles, alone.bundles)
+
+
+@QUICK
+@given(problems(), st.floats(0.05, 1))
+def test_max_density_is_a_cap_rounded_up_to_a_bundle(problem: Any, cap: float) -> None:
+    q, k, v, mask = problem
+    got = sparse_attention(q, k, v, budgets=(0.0,), max_density=cap, geometry=SMALL, **mask)
+    full = sparse_attention(q, k, v, budgets=(0.0,), geometry=SMALL, **mask)
+    # Tokens of the last bundle may be few: n tokens make ceil(n / bundle) bundles.
+    tokens = full.bundles * SMALL.bundle
+    assert (got.bundles * SMALL.bundle <= (cap * tokens).ceil() + SMALL.bundle).all()
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(1, 64))
+def test_tiles_cover_every_query_once_and_end_at_whole_tiles(queries: int, past: int, tile: int) -> None:
+    spans = tiles_of(queries, queries + past, tile)
+    assert [at for start, end in spans for at in range(start, end)] == list(range(past, past + queries))
+    assert all(0 < end - start <= tile for start, end in spans)
+    assert all(end % tile == 0 for _, end in spans[:-1])
+
+
+def test_scores_and_order_by_hand() -> None:
+    k = torch.eye(4, dtype=torch.float64)
+    q = torch.tensor([[[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 0.0]]], dtype=torch.float64)
+    scores = token_scores(q, k, 1.0, sub_means=2, smoothing=1, hidden=None)
+    assert scores.sum().item() == pytest.approx(1.0)
+    torch.testing.assert_close(scores[1:3], scores.new_full((2,), 0.5), rtol=1e-3, atol=0.0)
+    assert scores[0] < 1e-3
+    assert sorted(token_order(scores)[:2].tolist()) == [1, 2]
+    assert token_order(scores.round(decimals=6)).tolist() == [1, 2, 0, 3]  # equal scores: by position
+    # One mean query for both rows sees neither: what sub-means are for.
+    assert token_scores(q, k, 1.0, 1, 1, None)[0] > scores[0]
+    hidden = torch.tensor([False, True, False, False])
+    masked = token_scores(q, k, 1.0, sub_means=2, smoothing=3, hidden=hidden)
+    assert masked[1] == 0 and token_order(masked, hidden).tolist().count(1) == 0
+    smooth = token_scores(q, k, 1.0, sub_means=2, smoothing=3, hidden=None)
+    torch.testing.assert_close(smooth[0], (scores[0] + scores[1]) / 2)
+    torch.testing.assert_close(smooth[1], scores[:3].mean())
+
+
+def test_groups_by_hand() -> None:
+    geometry = Geometry(tile=4, sink=0, bundle=4, sub_means=1, smoothing=1, block=4, clusters=2)
+    near, far = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 5.0], dtype=torch.float64)
+    k = torch.stack([near, far, near + 0.5, far, near, near, far, far])
+    groups = tail_groups(k, k, None, geometry)
+    assert groups.member.tolist() == [0, 1, 0, 1, 2, 2, 3, 3]
+    torch.testing.assert_close(groups.k[0], near + 0.25)
+    torch.testing.assert_close(groups.variance[0], torch.full((2,), 0.0625, dtype=torch.float64))
+    torch.testing.assert_close(groups.v[1], far)
+    hidden = torch.tensor([False, False, True, False] + [True] * 4)
+    shown = tail_groups(k.masked_fill(hidden[:, None], float("nan")), k, hidden, geometry)
+    torch.testing.assert_close(shown.k[0], near)
+    assert shown.k.isfinite().all() and shown.variance.isfinite().all()
+    # A key of another block changes nothing: no tile sees what comes after its prefix.
+    other = torch.cat([k[:4], 100 * torch.ones(4, 2, dtype=torch.float64)])
+    assert torch.equal(tail_groups(other, other, None, geometry).k[:2], groups.k[:2])
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0.1, 0.3]))
+def test_the_spread_of_a_flat_tail_counts(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (30, 256))
+    geometry = Geometry(tile=256, sink=0, sub_means=1, smoothing=1, block=256, clusters=1)
+    groups = tail_groups(k, k, None, geometry)
+    exact = (q @ k.T * scale).logsumexp(dim=1)
+    second, first = (
+        (tail_logits(q, groups, torch.tensor([256]), scale, limit)[:, 0] - exact).abs().mean() for limit in (3.0, 0.0)
+    )
+    assert second < 0.5 * first
+    capped = tail_logits(99 * q, groups, torch.tensor([256]), 1.0, 2.0) - 99 * q @ groups.k.T - math.log(256)
+    torch.testing.assert_close(capped.amax().item(), 2.0)
+
+
+def test_stop_rules_by_hand() -> None:
+    # One row; dense mass 1, bundles of mass 1, 0.5 and 0.1 with ten tokens each.
+    masses, sizes = torch.tensor([[1.0, 1.0, 0.5, 0.1]]), torch.tensor([10, 10, 10])
+    remaining, seen = torch.tensor([20, 10, 0]), torch.tensor([True])
+    # After one bundle: gain 1/2, two times as much left: 1 / (1 + 1) = 0.5; after two: gain 0.2, 0.2 / 1.2.
+    for budget, bundles, left in ((0.6, 1, 0.5), (0.5, 1, 0.5), (0.4, 2, 0.2 / 1.2), (0.1, 3, 0.0), (0.0, 3, 0.0)):
+        read, tail = stop_after(masses, remaining, sizes, "tail", budget, seen)
+        assert (read, tail.item()) == (bundles, pytest.approx(left)), budget
+    # A horizon of four bundles: 4/2 after the first, 4/5 of a gain after the second, nothing is left after the third.
+    for budget, bundles, left in ((0.6, 2, 0.2 / 1.2), (0.4, 3, 0.0)):
+        read, tail = stop_after(masses, remaining, sizes, "tail", budget, seen, horizon=4)
+        assert (read, tail.item()) == (bundles, pytest.approx(left)), budget
+    assert stop_after(masses, remaining, sizes, "tail", 0.0, seen, most=2)[1].item() == pytest.approx(0.2 / 1.2)
+    # The paper's: added over mass before, 1, 0.25 and 0.04.
+    for tau, bundles in ((2.0, 1), (0.5, 2), (0.1, 3), (0.01, 3)):
+        assert stop_after(masses, remaining, sizes, "gain", tau, seen)[0] == bundles, tau
+    # The worst row decides for "tail", and a row that sees nothing has no say.
+    two = torch.cat([masses, torch.tensor([[1.0, 0.0, 0.0, 9.0]])])
+    assert stop_after(two, remaining, sizes, "tail", 0.5, torch.tensor([True, True]))[0] == 1
+    worse = torch.cat([masses, torch.tensor([[0.1, 9.0, 9.0, 9.0]])])
+    assert stop_after(worse, remaining, sizes, "tail", 0.5, torch.tensor([True, True]))[0] == 2
+    assert stop_after(worse, remaining, sizes, "tail", 0.5, torch.tensor([True, False]))[0] == 1
+    with pytest.raises(ValueError, match='rule must be "tail" or "gain"'):
+        stop_after(masses, remaining, sizes, "mean", 0.5, seen)
+
+
+def test_a_few_heavy_keys_are_found_wherever_they_are() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 512, 16, dtype=torch.float64) for _ in range(3))
+    heavy = torch.randperm(400)[:12]
+    q, k[:, :, heavy] = q + 4.0, 3.0
+    got = sparse_attention(q, k, v, budgets=(0.3,), geometry=SMALL)
+    exact, _ = reference.attention(q, k, v, visible=visible(q, k))
+    assert ((got.output - exact).square().sum() / exact.square().sum()).item() < 1e-4
+    assert (got.pairs / got.visible).item() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"budgets": (-0.1,)}, "budgets must be at least 0"),
+        ({"budgets": (0.1, 0.2, 0.3)}, "one for each of 2 query heads"),
+        ({"max_density": 0.0}, r"max_density must be in \(0, 1\]; got 0"),
+        ({"window": 0}, "window goes with causal attention and is at least 1; got 0"),
+        ({"window": 4, "causal": False}, "causal=False"),
+        ({"rule": "mean"}, 'rule must be "tail" or "gain"'),
+    ],
+)
+def test_bad_input_is_refused(fields: dict[str, Any], says: str) -> None:
+    q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 1, 40, 8)
+    with pytest.raises(ValueError, match=says):
+        sparse_attention(q, k, k, **{"budgets": (0.5,), "geometry": SMALL, **fields})
+    with pytest.raises(ValueError, match="as many keys as queries; got 40 and 39"):
+        sparse_attention(q, k[:, :, 1:], k[:, :, 1:], budgets=(0.5,))
