@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import fx
 
@@ -102,6 +102,10 @@ class ExpertsSite:
         return self.tokens, self.w1, self.w2, self.w3, self.b1, self.b2, self.ids, self.weights
 
 
+# What the pipeline verifies and replaces.
+Site: TypeAlias = AttentionSite | ExpertsSite
+
+
 @dataclasses.dataclass(frozen=True)
 class Declined:
     """A candidate that stays as it is, with the reason in words a user understands."""
@@ -115,11 +119,8 @@ class Declined:
 class Recorder(Protocol):
     """Where passes write down what they did; `s2o_inductor.report` implements it."""
 
-    def rewrote(self, site: AttentionSite, name: str, verified: str) -> None:
+    def rewrote(self, site: Site, name: str, verified: str) -> None:
         """A site became an op that carries `name`."""
-
-    def rewrote_experts(self, site: ExpertsSite, name: str, verified: str) -> None:
-        """Routed experts became an op that carries `name`."""
 
     def declined(self, refusal: Declined) -> None:
         """A candidate stays as it is."""

@@ -13,7 +13,7 @@ from torch import fx
 import s2o_inductor.moe_ops
 import s2o_inductor.ops  # noqa: F401  registers the operators named below
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand
+from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand, Site
 
 MOE_EXPERTS = torch.ops.s2o.moe_experts.default
 ATTENTION = torch.ops.s2o.attention.default
@@ -88,16 +88,27 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
     return result
 
 
-def follow(site: AttentionSite, moved: Mapping[fx.Node, fx.Node]) -> AttentionSite:
+def replace_site(graph: fx.Graph, site: Site, name: str) -> fx.Node:
+    """Puts the op of its kind in place of a site and returns the new output."""
+    if isinstance(site, AttentionSite):
+        return replace_attention(graph, site, name)
+    return replace_experts(graph, site, name)
+
+
+def follow(site: Site, moved: Mapping[fx.Node, fx.Node]) -> Site:
     """A site whose operands may be outputs of other sites, with what has taken their place."""
 
     def now(one: Any) -> Any:
-        return dataclasses.replace(one, node=moved.get(one.node, one.node))
+        if isinstance(one, (Operand, MaskOperand)):
+            return dataclasses.replace(one, node=now(one.node))
+        return moved.get(one, one)
 
-    return dataclasses.replace(
-        site, q=now(site.q), k=now(site.k), v=now(site.v), masks=tuple(now(mask) for mask in site.masks),
-        sinks=None if site.sinks is None else moved.get(site.sinks, site.sinks),
-    )  # fmt: skip
+    if isinstance(site, AttentionSite):
+        return dataclasses.replace(
+            site, q=now(site.q), k=now(site.k), v=now(site.v), masks=tuple(map(now, site.masks)), sinks=now(site.sinks)
+        )
+    names = ("tokens", "w1", "w2", "ids", "weights", "w3", "b1", "b2")
+    return dataclasses.replace(site, **{name: now(getattr(site, name)) for name in names})
 
 
 def _apply(graph: fx.Graph, operand: Operand | MaskOperand) -> fx.Node:

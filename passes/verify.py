@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -125,7 +125,21 @@ def _inputs(closure: list[fx.Node], site: AttentionSite) -> list[fx.Node]:
 
 
 def _structure(closure: list[fx.Node], site: AttentionSite) -> str:
-    """Text that is equal for regions which compute the same thing on operands of the same kind."""
+    placed: list[Operand | MaskOperand] = [site.q, site.k, site.v, *site.masks]
+    roles = [(one.node, one.steps) for one in placed], site.sinks
+    kinds = [mask.kind for mask in site.masks]
+    rest = repr((site.out_steps, kinds, site.scale, site.causal, site.empty, site.dropout > 0))
+    return f"{structure(closure, _inputs(closure, site), roles)}\n{rest}"
+
+
+def structure(closure: Iterable[fx.Node], inputs: Iterable[fx.Node], roles: Any) -> str:
+    """Text that is equal for regions which compute the same thing on operands of the same kind.
+
+    Args:
+        closure: the nodes that are replayed, in graph order.
+        inputs: what they and the op read.
+        roles: nested tuples and lists of nodes: which input is which operand of the op.
+    """
     names: dict[fx.Node, str] = {}
 
     def name(node: fx.Node) -> str:
@@ -135,16 +149,11 @@ def _structure(closure: list[fx.Node], site: AttentionSite) -> str:
     for node in closure:
         arguments = fx.node.map_arg((node.args, dict(node.kwargs)), name)
         lines.append(f"{name(node)}={node.op} {node.target} {arguments}")
-    for node in _inputs(closure, site):
+    for node in inputs:
         value = node.meta.get("example_value")
         if isinstance(value, Tensor):
             lines.append(f"{name(node)}:{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}")
-    placed: list[Operand | MaskOperand] = [site.q, site.k, site.v, *site.masks]
-    roles: list[Any] = [(name(one.node), one.steps) for one in placed]
-    roles.append(None if site.sinks is None else name(site.sinks))
-    kinds = [mask.kind for mask in site.masks]
-    lines.append(repr(site.out_steps))
-    return "\n".join([*lines, repr((roles, kinds, site.scale, site.causal, site.empty, site.dropout > 0))])
+    return "\n".join([*lines, repr(fx.node.map_arg(roles, name))])
 
 
 @dataclasses.dataclass(frozen=True)

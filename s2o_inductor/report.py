@@ -177,11 +177,9 @@ class GraphReport:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     attempt: tuple[Any, Any] = (None, None)
 
-    def rewrote(self, site: AttentionSite, name: str, verified: str) -> None:
-        self.sites.append(Site.of_attention(site, name, verified))
-
-    def rewrote_experts(self, site: ExpertsSite, name: str, verified: str) -> None:
-        self.sites.append(Site.of_experts(site, name, verified))
+    def rewrote(self, site: AttentionSite | ExpertsSite, name: str, verified: str) -> None:
+        found = Site.of_attention if isinstance(site, AttentionSite) else Site.of_experts
+        self.sites.append(found(site, name, verified))  # type: ignore[arg-type]
 
     def declined(self, refusal: Declined) -> None:
         self.sites.append(Site.of_declined(refusal))

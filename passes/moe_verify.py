@@ -1,83 +1,52 @@
-"""Routed experts become ops: find, verify, replace, report. Stage 1 of the pipeline."""
+"""Verified rewriting of routed experts: the site's own nodes beside the op, as in `verify.py`."""
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from s2o_inductor.config import S2OConfig
-from s2o_inductor.errors import DeclinedError, VerificationError
-from s2o_inductor.passes import moe, rewrite, verify
-from s2o_inductor.passes.records import Declined, ExpertsSite, Recorder
+from s2o_inductor.passes import verify
+from s2o_inductor.passes.graph_utils import Refusal, fake
+from s2o_inductor.passes.records import ExpertsSite
 
-log = logging.getLogger("s2o_inductor")
-# Largest number of elements, of weights and rows together, with which a site is run at its own size.
+# Largest number of elements, of all operands together and of any one intermediate, with which a site is run: it
+# cannot be shortened, since the number of experts and the choices of a token are part of what it computes.
 MAX_ELEMENTS = 2**25
+_outcomes: dict[str, verify.Outcome] = {}
 
 
-def rewrite_experts(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder, new_name: Callable[[str], str]) -> None:
-    """Every found site of one graph becomes an op, in place; the others stay node for node.
+def check_experts(graph: fx.Graph, site: ExpertsSite, *, always: bool = False) -> verify.Outcome:
+    """Runs a site's own nodes and the op on the same random inputs, under random and under adversarial routing.
+
+    Outcomes are kept per distinct structure unless `always`.
 
     Raises:
-        DeclinedError: under `strict`, a candidate was declined.
-        VerificationError: under `strict`, the op disagrees with the code it would replace.
+        Refusal: the site has more than `MAX_ELEMENTS` elements.
     """
-    try:
-        sites, declined = moe.find_experts(gm.graph)
-    except Exception:  # a defect of ours must not become the user's crash
-        log.exception("the search for experts failed; please report this. The graph stays as it was")
-        return
-    changed = False
-    for site in sites:
-        if any(fnmatch.fnmatch(site.where, pattern) for pattern in config.exclude):
-            recorder.declined(Declined("moe", site.where, "excluded by option 'exclude'", site.output))
-            continue
-        outcome = verify.Outcome(True, "off") if config.verify == "off" else check(gm.graph, site)
-        if not outcome.passed:
-            if config.strict:
-                raise VerificationError(f"{site.where}: {outcome.detail}")
-            declined.append(Declined("moe", site.where, outcome.detail, site.output))
-            continue
-        name = new_name(site.where)
-        recorder.rewrote_experts(site, name, outcome.detail)
-        rewrite.replace_experts(gm.graph, site, name)
-        log.info("rewrote experts at %s as %s", site.where, name)
-        changed = True
-    for refusal in declined:
-        recorder.declined(refusal)
-        log.info("declined %s at %s: %s", refusal.kind, refusal.where, refusal.reason)
-    if config.strict and declined:
-        raise DeclinedError("; ".join(f"{refusal.where}: {refusal.reason}" for refusal in declined))
-    if changed:
-        gm.graph.lint()
-        gm.recompile()
-
-
-def check(graph: fx.Graph, site: ExpertsSite) -> verify.Outcome:
-    """Runs a site's own nodes and the op on the same random inputs, under random and under adversarial routing."""
-    elements = sum(
-        math.prod(verify.hint(size) for size in node.meta["example_value"].shape)
-        for node in (site.w1, site.w2, site.tokens)
-    )
-    if elements > MAX_ELEMENTS:
-        return verify.Outcome(True, "unverified: too large to run at compile time")
-    try:
+    operands = sum(_elements(node) for node in dict.fromkeys(site.operands()))
+    if max(operands, *map(_elements, site.region)) > MAX_ELEMENTS:
+        raise Refusal("too large to verify in this version")
+    autocast = verify.autocast_regions(graph, site.output)
+    structure = verify.structure(site.region, _inputs(site), site.operands())
+    key = f"{structure}\n{site.spec.text()}\n{autocast} {verify.ambient_autocast()}"
+    if always or key not in _outcomes:
         with torch.no_grad(), _disable_current_modes(), contextlib.ExitStack() as regions:
-            for arguments in verify.autocast_regions(graph, site.output):
+            for arguments in autocast:
                 regions.enter_context(torch.autocast(*arguments))
-            outcomes = [_run(site, routing) for routing in ("random", "same", "one")]
-    except Exception as error:  # a user's code on made-up inputs: any failure only means "not proved"
-        log.exception("verification of the experts at %s failed to run", site.where)
-        return verify.Outcome(False, f"could not be verified: {type(error).__name__}: {error}")
-    return next((outcome for outcome in outcomes if not outcome.passed), outcomes[0])
+            found = [_run(site, routing) for routing in ("random", "same", "one")]
+        _outcomes[key] = next((outcome for outcome in found if not outcome.passed), found[0])
+    return _outcomes[key]
+
+
+def _elements(node: fx.Node | None) -> int:
+    value = fake(node)
+    return 0 if value is None else math.prod(map(verify.hint, value.shape))
 
 
 def _run(site: ExpertsSite, routing: str) -> verify.Outcome:
@@ -92,7 +61,7 @@ def _run(site: ExpertsSite, routing: str) -> verify.Outcome:
     return verify.within_bound(actual, original, gold, terms=sum(inputs[site.w2].shape[1:]))
 
 
-def _inputs(site: ExpertsSite) -> Iterable[fx.Node]:
+def _inputs(site: ExpertsSite) -> list[fx.Node]:
     inside = set(site.region)
     read = {source: None for node in site.region for source in node.all_input_nodes if source not in inside}
     return list(read | {node: None for node in site.operands() if node is not None})
