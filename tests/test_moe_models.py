@@ -124,7 +124,7 @@ def test_a_layer_that_reads_another_ones_output_follows_it() -> None:
     assert rewritten(gm) == [("rewritten", None)] * 2
     assert len(gm.graph.find_nodes(op="call_function", target=rewrite.MOE_EXPERTS)) == 2
     for one, other in zip(gm(*inputs), expected, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=0.0, atol=1e-6 * float(other.abs().max()))
 
 
 def test_after_an_error_in_the_rewrite_the_graph_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
