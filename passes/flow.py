@@ -187,6 +187,10 @@ class Flow:
         )
 
 
+# Values and indices that share nothing: dividing the values of a top-k in place leaves its indices alone.
+_FRESH = frozenset(("topk", "sort", "kthvalue", "mode"))
+
+
 def _memories(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     """One representative node per piece of memory: views share the storage of their example values."""
     parent = {node: node for node in nodes}
@@ -204,6 +208,8 @@ def _memories(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
             # Nothing is known of the result: assume that it is a view of everything read.
             for source in node.all_input_nodes:
                 parent[find(source)] = find(node)
+        if op_name(node) in _FRESH:
+            storages = []  # one new piece of memory per result: its getitem nodes stand for them
         for storage in storages:
             parent[find(node)] = find(first.setdefault(storage, node))
         for target in written(node):

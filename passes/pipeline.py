@@ -13,7 +13,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from s2o_inductor import mask_spec
 from s2o_inductor.config import S2OConfig
 from s2o_inductor.errors import DeclinedError, VerificationError
-from s2o_inductor.passes import attention, masks, mha, rewrite, sparsify, verify, verify_mask
-from s2o_inductor.passes.records import AttentionSite, Declined, Recorder
+from s2o_inductor.passes import attention, masks, mha, moe, moe_verify, rewrite, sparsify, verify, verify_mask
+from s2o_inductor.passes.graph_utils import Refusal
+from s2o_inductor.passes.records import AttentionSite, Declined, Recorder, Site
 
 log = logging.getLogger("s2o_inductor")
 
@@ -40,54 +41,69 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, config: S2OConfig, recorder: Record
         # several call sites may share.
         if isinstance(module, fx.GraphModule) and id(module.graph) not in seen:
             seen.add(id(module.graph))
-            _rewrite_graph(module, config, recorder, names)
+            _rewrite_attention(module, config, recorder, names)
+            _rewrite_experts(module, config, recorder, names)
     recorder.spent("stage 1", time.perf_counter() - start)
 
 
-def _rewrite_graph(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder, names: _SiteNames) -> None:
+def _rewrite_attention(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder, names: _SiteNames) -> None:
     if "attention" in config.disable:
         return
     graph, expanded = gm.graph, 0
     declined: list[Declined] = []
-    excluded: list[Declined] = []
-    accepted: list[tuple[AttentionSite, str, str]] = []
     if "multi-head" not in config.disable:
-        expanded, refused = _guarded(lambda: mha.expand_all(graph), "multi-head attention", (0, []))
-        declined += refused
+        expanded, declined = _guarded(lambda: mha.expand_all(graph), "multi-head attention", (0, []))
     sites, refused = _guarded(lambda: attention.find_attention(graph), "attention", ([], []))
-    declined += refused
+    rewritten = _rewrite_sites(gm, "attention", sites, declined + refused, config, recorder, names)
+    if expanded and not rewritten:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def _rewrite_experts(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder, names: _SiteNames) -> None:
+    if "moe" in config.disable:
+        return
+    sites, declined = _guarded(lambda: moe.find_experts(gm.graph), "experts", ([], []))
+    _rewrite_sites(gm, "moe", sites, declined, config, recorder, names)
+
+
+def _rewrite_sites(
+    gm: fx.GraphModule, kind: str, sites: Sequence[Site], declined: list[Declined], config: S2OConfig,
+    recorder: Recorder, names: _SiteNames,
+) -> bool:  # fmt: skip
+    """Verifies the sites found, puts ops in place of those that pass, then reports; whether any is in place."""
+    excluded: list[Declined] = []
+    accepted: list[tuple[Site, str, str]] = []
     for site in sites:
         if any(fnmatch.fnmatch(site.where, pattern) for pattern in config.exclude):
-            excluded.append(Declined("attention", site.where, "excluded by option 'exclude'", site.output))
+            excluded.append(Declined(kind, site.where, "excluded by option 'exclude'", site.output))
             continue
-        checked = _verify_site(graph, site, config, recorder)
+        checked = _verify_site(gm.graph, kind, site, config, recorder)
         if isinstance(checked, Declined):
             declined.append(checked)
         else:
             accepted.append((site, names.new(site.where), checked))
     if accepted and not _replace(gm, accepted):
-        declined += [
-            Declined("attention", site.where, "an error in the rewrite, see the log") for site, _, _ in accepted
-        ]
+        declined += [Declined(kind, site.where, "an error in the rewrite, see the log") for site, _, _ in accepted]
         accepted = []
     for site, name, checked in accepted:
         recorder.rewrote(site, name, checked)
-        log.info("rewrote attention at %s as %s", site.where, name)
+        log.info("rewrote %s at %s as %s", kind, site.where, name)
     for refusal in (*excluded, *declined):
         recorder.declined(refusal)
         log.info("declined %s at %s: %s", refusal.kind, refusal.where, refusal.reason)
     if config.strict and declined:
         raise DeclinedError("; ".join(f"{refusal.where}: {refusal.reason}" for refusal in declined))
-    if accepted or expanded:
-        gm.graph.lint()
+    if accepted:
         gm.recompile()
+    return bool(accepted)
 
 
 # Where an input comes from: Dynamo keeps it beside the metadata, and copies of nodes lose it.
 _SOURCE = "_dynamo_source"
 
 
-def _replace(gm: fx.GraphModule, accepted: list[tuple[AttentionSite, str, str]]) -> bool:
+def _replace(gm: fx.GraphModule, accepted: Iterable[tuple[Site, str, str]]) -> bool:
     """Puts the ops in place; after an error the graph is what it was, and the answer is False."""
     graph = gm.graph
     untouched = fx.Graph(owning_module=gm, tracer_cls=graph._tracer_cls)
@@ -98,7 +114,7 @@ def _replace(gm: fx.GraphModule, accepted: list[tuple[AttentionSite, str, str]])
     try:
         moved: dict[fx.Node, fx.Node] = {}
         for site, name, _ in accepted:
-            moved[site.output] = rewrite.replace_attention(graph, rewrite.follow(site, moved), name)
+            moved[site.output] = rewrite.replace_site(graph, rewrite.follow(site, moved), name)
         graph.lint()
     except Exception:
         log.exception("rewriting failed; please report this. The graph stays as it was")
@@ -107,13 +123,18 @@ def _replace(gm: fx.GraphModule, accepted: list[tuple[AttentionSite, str, str]])
     return True
 
 
-def _verify_site(graph: fx.Graph, site: AttentionSite, config: S2OConfig, recorder: Recorder) -> str | Declined:
+def _verify_site(graph: fx.Graph, kind: str, site: Site, config: S2OConfig, recorder: Recorder) -> str | Declined:
     """How the site was verified, or a decline when the op disagrees with the code it would replace."""
     if config.verify == "off":
         return "off"
-    start = time.perf_counter()
+    start, always = time.perf_counter(), config.verify == "always"
     try:
-        outcome = verify.check_site(graph, site, always=config.verify == "always")
+        if isinstance(site, AttentionSite):
+            outcome = verify.check_site(graph, site, always=always)
+        else:
+            outcome = moe_verify.check_experts(graph, site, always=always)
+    except Refusal as refusal:
+        return Declined(kind, site.where, str(refusal), site.output)
     except Exception as error:  # the check replays a user's code on made-up inputs: any failure only means "not proved"
         log.exception("verification of the site at %s failed to run", site.where)
         outcome = verify.Outcome(False, f"could not be verified: {type(error).__name__}: {error}")
@@ -122,7 +143,7 @@ def _verify_site(graph: fx.Graph, site: AttentionSite, config: S2OConfig, record
         return outcome.detail
     if config.strict:
         raise VerificationError(f"{site.where}: {outcome.detail}")
-    return Declined("attention", site.where, outcome.detail, site.output)
+    return Declined(kind, site.where, outcome.detail, site.output)
 
 
 def _guarded(find: Callable[[], Any], what: str, nothing: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import fx
 
 from s2o_inductor.mask_spec import EmptyRows, MaskSpec
+from s2o_inductor.moe_spec import ExpertSpec
 
 # A view method with its arguments, for example ("transpose", (-1, -2)).
 Step = tuple[str, tuple[Any, ...]]
@@ -72,6 +73,40 @@ class AttentionSite:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsSite:
+    """Routed experts and the weighted sum over each token's choices, found in a graph in whatever spelling.
+
+    Attributes:
+        where: module path or source line of the site.
+        output: (T, l), the node that the op replaces.
+        region: every node that computes only this site, output included.
+        tokens: (T, l); w1, w2, ids (T, K), weights (T, K), w3, b1 and b2 as in `s2o::moe_experts`.
+        spec: the formula of an expert.
+    """
+
+    where: str
+    output: fx.Node
+    region: tuple[fx.Node, ...]
+    tokens: fx.Node
+    w1: fx.Node
+    w2: fx.Node
+    ids: fx.Node
+    weights: fx.Node
+    spec: ExpertSpec
+    w3: fx.Node | None = None
+    b1: fx.Node | None = None
+    b2: fx.Node | None = None
+
+    def operands(self) -> tuple[fx.Node | None, ...]:
+        """In the order of the op's schema."""
+        return self.tokens, self.w1, self.w2, self.w3, self.b1, self.b2, self.ids, self.weights
+
+
+# What the pipeline verifies and replaces.
+Site: TypeAlias = AttentionSite | ExpertsSite
+
+
+@dataclasses.dataclass(frozen=True)
 class Declined:
     """A candidate that stays as it is, with the reason in words a user understands."""
 
@@ -84,7 +119,7 @@ class Declined:
 class Recorder(Protocol):
     """Where passes write down what they did; `s2o_inductor.report` implements it."""
 
-    def rewrote(self, site: AttentionSite, name: str, verified: str) -> None:
+    def rewrote(self, site: Site, name: str, verified: str) -> None:
         """A site became an op that carries `name`."""
 
     def declined(self, refusal: Declined) -> None:

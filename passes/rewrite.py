@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+import s2o_inductor.moe_ops
 import s2o_inductor.ops  # noqa: F401  registers the operators named below
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.passes.records import AttentionSite, MaskOperand, Operand
+from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand, Site
 
+MOE_EXPERTS = torch.ops.s2o.moe_experts.default
 ATTENTION = torch.ops.s2o.attention.default
 ATTENTION_BACKWARD = torch.ops.s2o.attention_backward.default
 SPARSE_ATTENTION = torch.ops.s2o.sparse_attention.default
@@ -60,16 +62,53 @@ def replace_attention(graph: fx.Graph, site: AttentionSite, name: str) -> fx.Nod
     return result
 
 
-def follow(site: AttentionSite, moved: Mapping[fx.Node, fx.Node]) -> AttentionSite:
+def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
+    """Puts one `s2o::moe_experts` in place of a site, erases the site's own nodes, and returns the new output."""
+    output, computed = site.output, site.w1.meta["example_value"].dtype
+    keep = output.meta["example_value"].requires_grad
+    with graph.inserting_before(output):
+        operands = list(site.operands())
+        added = []
+        if site.tokens.meta["example_value"].dtype != computed:
+            operands[0] = graph.call_method("to", (site.tokens, computed))
+            added.append(operands[0])
+        pair = graph.call_function(MOE_EXPERTS, (*operands, site.spec.text(), keep, name))
+        result = graph.call_function(operator.getitem, (pair, 0))
+        added += [pair, result]
+        if output.meta["example_value"].dtype != computed:
+            result = graph.call_method("to", (result, output.meta["example_value"].dtype))
+            added.append(result)
+    for node in added:
+        assert node is not None
+        node.meta.update(_shared_meta(output))
+    result.meta["example_value"] = output.meta["example_value"]
+    output.replace_all_uses_with(result)
+    for node in sorted(site.region, key=_position(graph), reverse=True):
+        graph.erase_node(node)
+    return result
+
+
+def replace_site(graph: fx.Graph, site: Site, name: str) -> fx.Node:
+    """Puts the op of its kind in place of a site and returns the new output."""
+    if isinstance(site, AttentionSite):
+        return replace_attention(graph, site, name)
+    return replace_experts(graph, site, name)
+
+
+def follow(site: Site, moved: Mapping[fx.Node, fx.Node]) -> Site:
     """A site whose operands may be outputs of other sites, with what has taken their place."""
 
     def now(one: Any) -> Any:
-        return dataclasses.replace(one, node=moved.get(one.node, one.node))
+        if isinstance(one, (Operand, MaskOperand)):
+            return dataclasses.replace(one, node=now(one.node))
+        return moved.get(one, one)
 
-    return dataclasses.replace(
-        site, q=now(site.q), k=now(site.k), v=now(site.v), masks=tuple(now(mask) for mask in site.masks),
-        sinks=None if site.sinks is None else moved.get(site.sinks, site.sinks),
-    )  # fmt: skip
+    if isinstance(site, AttentionSite):
+        return dataclasses.replace(
+            site, q=now(site.q), k=now(site.k), v=now(site.v), masks=tuple(map(now, site.masks)), sinks=now(site.sinks)
+        )
+    names = ("tokens", "w1", "w2", "ids", "weights", "w3", "b1", "b2")
+    return dataclasses.replace(site, **{name: now(getattr(site, name)) for name in names})
 
 
 def _apply(graph: fx.Graph, operand: Operand | MaskOperand) -> fx.Node:

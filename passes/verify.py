@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,15 +47,15 @@ def check_site(graph: fx.Graph, site: AttentionSite, *, always: bool = False) ->
     boolean mask is hidden altogether. Outcomes are kept per distinct structure unless `always`.
     """
     closure = _closure(graph, site)
-    autocast = _autocast_regions(graph, site.output)
-    key = f"{_structure(closure, site)}\n{autocast} {_ambient_autocast()}"
+    autocast = autocast_regions(graph, site.output)
+    key = f"{_structure(closure, site)}\n{autocast} {ambient_autocast()}"
     if always or key not in _sites:
         with torch.no_grad(), _disable_current_modes(), torch.random.fork_rng(devices=_cuda_devices(site)):
             _sites[key] = _run_check(closure, site, autocast)
     return _sites[key]
 
 
-def _autocast_regions(graph: fx.Graph, output: fx.Node) -> list[tuple[Any, ...]]:
+def autocast_regions(graph: fx.Graph, output: fx.Node) -> list[tuple[Any, ...]]:
     """The arguments of the autocast regions that are open where the output is computed, outermost first."""
     regions: list[tuple[Any, ...]] = []
     for node in graph.nodes:
@@ -68,7 +68,7 @@ def _autocast_regions(graph: fx.Graph, output: fx.Node) -> list[tuple[Any, ...]]
     return regions
 
 
-def _ambient_autocast() -> list[tuple[bool, torch.dtype]]:
+def ambient_autocast() -> list[tuple[bool, torch.dtype]]:
     """Autocast around the compiled function: it leaves no node in the graph."""
     return [(torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in ("cpu", "cuda")]
 
@@ -83,12 +83,12 @@ def _run_check(closure: list[fx.Node], site: AttentionSite, autocast: list[tuple
     with contextlib.ExitStack() as regions:
         for arguments in autocast:
             regions.enter_context(torch.autocast(*arguments))
-        original = _replay(closure, inputs, sizes, _as_written)[site.output]
-    gold_inputs = {node: _to_double(value) for node, value in inputs.items()}
-    gold = _replay(closure, gold_inputs, sizes, _in_double)[site.output]
+        original = _replay(closure, inputs, sizes, as_written)[site.output]
+    gold_inputs = {node: to_double(value) for node, value in inputs.items()}
+    gold = _replay(closure, gold_inputs, sizes, in_double)[site.output]
     actual = _run_op(site, inputs)
     q, k = (_stepped(inputs[one.node], one) for one in (site.q, site.k))
-    return _within_bound(actual, original, gold, terms=q.shape[-1] + k.shape[-2])
+    return within_bound(actual, original, gold, terms=q.shape[-1] + k.shape[-2])
 
 
 def _closure(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
@@ -125,7 +125,21 @@ def _inputs(closure: list[fx.Node], site: AttentionSite) -> list[fx.Node]:
 
 
 def _structure(closure: list[fx.Node], site: AttentionSite) -> str:
-    """Text that is equal for regions which compute the same thing on operands of the same kind."""
+    placed: list[Operand | MaskOperand] = [site.q, site.k, site.v, *site.masks]
+    roles = [(one.node, one.steps) for one in placed], site.sinks
+    kinds = [mask.kind for mask in site.masks]
+    rest = repr((site.out_steps, kinds, site.scale, site.causal, site.empty, site.dropout > 0))
+    return f"{structure(closure, _inputs(closure, site), roles)}\n{rest}"
+
+
+def structure(closure: Iterable[fx.Node], inputs: Iterable[fx.Node], roles: Any) -> str:
+    """Text that is equal for regions which compute the same thing on operands of the same kind.
+
+    Args:
+        closure: the nodes that are replayed, in graph order.
+        inputs: what they and the op read.
+        roles: nested tuples and lists of nodes: which input is which operand of the op.
+    """
     names: dict[fx.Node, str] = {}
 
     def name(node: fx.Node) -> str:
@@ -135,16 +149,11 @@ def _structure(closure: list[fx.Node], site: AttentionSite) -> str:
     for node in closure:
         arguments = fx.node.map_arg((node.args, dict(node.kwargs)), name)
         lines.append(f"{name(node)}={node.op} {node.target} {arguments}")
-    for node in _inputs(closure, site):
+    for node in inputs:
         value = node.meta.get("example_value")
         if isinstance(value, Tensor):
             lines.append(f"{name(node)}:{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}")
-    placed: list[Operand | MaskOperand] = [site.q, site.k, site.v, *site.masks]
-    roles: list[Any] = [(name(one.node), one.steps) for one in placed]
-    roles.append(None if site.sinks is None else name(site.sinks))
-    kinds = [mask.kind for mask in site.masks]
-    lines.append(repr(site.out_steps))
-    return "\n".join([*lines, repr((roles, kinds, site.scale, site.causal, site.empty, site.dropout > 0))])
+    return "\n".join([*lines, repr(fx.node.map_arg(roles, name))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +226,7 @@ def _replay(closure: list[fx.Node], inputs: Mapping[fx.Node, Any], sizes: _Sizes
     return values
 
 
-def _as_written(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def as_written(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs one captured node, dropout off: two random patterns cannot be compared."""
     target = node.target
     if target is F.dropout or target is torch.dropout:
@@ -234,21 +243,21 @@ def _as_written(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     raise ValueError(f"cannot replay a {node.op} node")
 
 
-def _in_double(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def in_double(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs one captured node with every cast to a floating type turned into a cast to float64."""
     args, kwargs = fx.node.map_aggregate((args, kwargs), _double_type)
     if node.op == "call_method" and node.target in _LOW_TO_DOUBLE:
         return args[0].double()
     if node.op == "call_method" and node.target == "type_as":
         return args[0].double() if args[1].is_floating_point() else args[0].type_as(args[1])
-    return _as_written(node, args, kwargs)
+    return as_written(node, args, kwargs)
 
 
 def _double_type(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def _to_double(value: Any) -> Any:
+def to_double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -284,7 +293,7 @@ def _stepped(value: Tensor, operand: Operand | MaskOperand) -> Tensor:
     return value
 
 
-def _within_bound(actual: Tensor, original: Tensor, gold: Tensor, terms: int) -> Outcome:
+def within_bound(actual: Tensor, original: Tensor, gold: Tensor, terms: int) -> Outcome:
     """max |actual - gold| <= 2 (max |original - gold| + eps max |gold|), rms likewise with 1.5; same NaNs.
 
     Code in float64 is its own gold, which hides its error: sums of `terms` products, whose rounding

@@ -13,7 +13,7 @@ from s2o_inductor.sparse_policy import MIN_SEQ, SparsePolicy
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Verify = Literal["first", "always", "off"]
-PASSES = ("attention", "multi-head", "lift-masks", "sparse")
+PASSES = ("attention", "multi-head", "lift-masks", "sparse", "moe")
 _PREFIX = "s2o."
 # On the heads of a trained model this leaves the loss where it was; BENCHMARKS.md has the curve.
 DEFAULT_BUDGET = 0.5
@@ -29,7 +29,8 @@ class S2OConfig:
         verify: compare every distinct rewritten region with the code it replaces before keeping it:
             "first" once per structure and process, "always" each time, "off" never.
         strict: raise instead of declining a site, and on a failed verification.
-        disable: names of passes not to run; see `PASSES`.
+        disable: names of passes not to run; see `PASSES`. "moe" is among them unless a list without it is given, ``()``
+            for one: on CPU a decoding step of routed experts is slower than Inductor's.
         exclude: shell-style patterns of module paths whose sites stay as they are.
         dump_dir: folder for the graphs before and after each stage; None writes nothing.
         budget: how far long attention may be approximated where no gradients are needed: the estimated share
@@ -45,7 +46,7 @@ class S2OConfig:
     inner: Inner = "inductor"
     verify: Verify = "first"
     strict: bool = False
-    disable: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ("moe",)
     exclude: tuple[str, ...] = ()
     dump_dir: str | None = None
     budget: float = DEFAULT_BUDGET

@@ -17,7 +17,7 @@ from torch._logging._internal import trace_structured
 
 from s2o_inductor import ops
 from s2o_inductor.mask_spec import MaskSpec, parse
-from s2o_inductor.passes.records import AttentionSite, Declined
+from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite
 
 log = logging.getLogger("s2o_inductor")
 
@@ -96,6 +96,25 @@ class Site:
         )  # fmt: skip
 
     @classmethod
+    def of_experts(cls, site: ExpertsSite, name: str, verified: str) -> Site:
+        tokens, ids, w2 = (node.meta["example_value"] for node in (site.tokens, site.ids, site.w2))
+        names = ("tokens", "experts", "choices", "width", "inner")
+        sizes = (
+            tokens.shape[0],
+            w2.shape[0],
+            ids.shape[1],
+            tokens.shape[1],
+            w2.shape[1 if site.spec.transposed else 2],
+        )
+        shape: dict[str, Any] = {n: s if isinstance(s, int) else str(s) for n, s in zip(names, sizes, strict=True)}
+        shape |= {
+            "dtype": str(w2.dtype).removeprefix("torch."),
+            "device": w2.device.type,
+            "formula": site.spec.describe(),
+        }
+        return cls("moe", site.where, "rewritten", name=name, shape=shape, verified=verified)
+
+    @classmethod
     def of_declined(cls, declined: Declined) -> Site:
         return cls(declined.kind, declined.where, "declined", reason=declined.reason)
 
@@ -158,8 +177,9 @@ class GraphReport:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     attempt: tuple[Any, Any] = (None, None)
 
-    def rewrote(self, site: AttentionSite, name: str, verified: str) -> None:
-        self.sites.append(Site.of_attention(site, name, verified))
+    def rewrote(self, site: AttentionSite | ExpertsSite, name: str, verified: str) -> None:
+        found = Site.of_attention if isinstance(site, AttentionSite) else Site.of_experts
+        self.sites.append(found(site, name, verified))  # type: ignore[arg-type]
 
     def declined(self, refusal: Declined) -> None:
         self.sites.append(Site.of_declined(refusal))
@@ -248,6 +268,9 @@ class Report:
 
 def _row(site: Site) -> tuple[str, ...]:
     shape, rewritten = site.shape, site.status == "rewritten"
+    if site.kind == "moe" and rewritten:
+        sizes = "{tokens}x{width}, {choices} of {experts}x{inner}".format(**shape)
+        return site.where, "moe", site.status, "exact", sizes, "-", site.route or "-"
     sizes = (
         f"{shape['batch']}x{shape['query_heads']}/{shape['kv_heads']}x{shape['queries']}x{shape['keys']}x{shape['width']}"
         if shape

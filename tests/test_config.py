@@ -140,6 +140,13 @@ def test_no_options_give_the_defaults() -> None:
     assert split_options({}, "default") == (S2OConfig(), {})
 
 
+def test_experts_are_left_alone_until_a_list_without_them_is_given() -> None:
+    assert S2OConfig().disable == ("moe",)
+    asked = split_options({"disable": []}, None)[0]
+    assert asked.disable == ()
+    assert split_options(asked.options(), None)[0] == asked
+
+
 def test_a_config_is_immutable_and_hashable() -> None:
     config = S2OConfig(disable=["attention"])  # type: ignore[arg-type]  # what options= hands over
     assert hash(config) == hash(S2OConfig(disable=("attention",)))

@@ -31,7 +31,9 @@ LAYER_OF = {
     "s2o_inductor.calibration": "backend",
     "s2o_inductor.viz": "backend",
     "s2o_inductor.ops": "ops",
+    "s2o_inductor.moe_ops": "ops",
     "s2o_inductor.mask_spec": "mask_spec",
+    "s2o_inductor.moe_spec": "mask_spec",
     "s2o_inductor.sparse_policy": "mask_spec",
     "s2o_inductor.errors": "mask_spec",  # error classes: importable from everywhere
 }
@@ -99,7 +101,7 @@ def test_ops_see_kernels_only_inside_functions() -> None:
 
 
 def test_the_contract_between_the_layers_imports_none_of_them() -> None:
-    for name in ("mask_spec.py", "sparse_policy.py", "errors.py"):
+    for name in ("mask_spec.py", "moe_spec.py", "sparse_policy.py", "errors.py"):
         assert layer_imports(PACKAGE / name) <= {"mask_spec"}, name
         assert not [module for module, _ in imports(PACKAGE / name) if module.split(".")[0] == "torch"], name
 
@@ -107,7 +109,8 @@ def test_the_contract_between_the_layers_imports_none_of_them() -> None:
 def test_the_references_depend_on_torch_and_the_contracts_alone() -> None:
     allowed = {"__future__", "torch", "dataclasses", "itertools", "math", "collections", "typing"}
     for module, _ in itertools.chain(*(imports(path) for path in (ROOT / "kernels").glob("reference*.py"))):
-        ours = ("s2o_inductor.mask_spec", "s2o_inductor.sparse_policy", "s2o_inductor.kernels.tail_groups")
+        contracts = ("s2o_inductor.mask_spec", "s2o_inductor.moe_spec", "s2o_inductor.sparse_policy")
+        ours = (*contracts, "s2o_inductor.kernels.tail_groups")
         assert module.split(".")[0] in allowed or module.startswith(ours), module
 
 

@@ -1,0 +1,353 @@
+"""Routed experts on CPU: choices sorted by expert, matrix products per expert, one weighted sum per token.
+
+The choices (t, k) are sorted by expert, so that every expert's rows lie together. Consecutive experts form
+blocks of a bounded number of rows: gather and activation run once per block, on data that is still
+in cache, and not once per expert, which at 512 experts would be mostly overhead. Sums over a
+token's choices are made in the order of k, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2o_inductor.moe_spec import ExpertSpec
+
+# Elements of the first product that one block holds: what fits a core's second-level cache.
+BLOCK_ELEMENTS = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The weights of one call, as (E, out, in) views, and its formula.
+
+    Attributes:
+        w1: the first products of a row: one matrix per expert, or two with gate "separate".
+    """
+
+    spec: ExpertSpec
+    w1: tuple[Tensor, ...]
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+
+    @classmethod
+    def of(
+        cls, spec: ExpertSpec, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None
+    ) -> Experts:
+        first: tuple[Tensor, ...] = (w1,) if w3 is None else (w1, w3)
+        if spec.transposed:
+            first, w2 = tuple(w.mT for w in first), w2.mT
+        return cls(spec, first, w2, b1, b2)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the first product."""
+        return sum(w.shape[1] for w in self.w1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The choices of a call sorted by expert; choices of no expert come last.
+
+    Attributes:
+        order: (T * K), the choice t * K + k at each sorted position.
+        place: (T * K), the sorted position of each choice.
+        counts: choices of each expert.
+    """
+
+    choices: int
+    order: Tensor
+    place: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int) -> Routing:
+        flat = ids.reshape(-1).to(torch.int64)
+        flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+        # Stable, so that the rows of an expert come in the order of the tokens.
+        order = torch.sort(flat.to(torch.int32), stable=True).indices
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
+        counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
+        return cls(ids.shape[1], order, place, counts)
+
+    @property
+    def routed(self) -> int:
+        """How many choices are of an expert."""
+        return sum(self.counts)
+
+    def blocks(self, columns: int) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+        """Sorted positions of a block, and of each of its experts relative to the block.
+
+        An expert is never divided: its weight gradient is one product, rounded once.
+        """
+        most = BLOCK_ELEMENTS // columns
+        start = size = 0
+        inside: list[tuple[int, slice]] = []
+        for expert, count in enumerate(self.counts):
+            if inside and size + count > most:
+                yield slice(start, start + size), inside
+                start, size, inside = start + size, 0, []
+            if count:
+                inside.append((expert, slice(size, size + count)))
+                size += count
+        if inside:
+            yield slice(start, start + size), inside
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of activations and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """The output (T, l), and the first products by sorted position if they are to be kept, else none of them.
+
+    Args:
+        experts: weights (E, ..., l).
+        z: (T, l).
+        ids: (T, K).
+        p: (T, K).
+        keep: store what the backward pass would otherwise compute again, (T * K, columns).
+    """
+    routing = Routing.of(ids, experts.w2.shape[0])
+    kept = torch.empty(ids.numel() if keep else 0, experts.columns, dtype=z.dtype)
+    y = torch.empty(ids.numel(), z.shape[1], dtype=z.dtype)
+    y[routing.routed :] = 0.0
+    if keep:
+        kept[routing.routed :] = 0.0
+    score = experts.spec.score
+    weights = p.reshape(-1, 1).to(wide(z.dtype))
+    bias = experts.b2
+    for rows, parts in routing.blocks(experts.columns):
+        order = routing.order[rows]
+        x = z.index_select(0, order // routing.choices)
+        if score == "input":
+            x = (x.to(weights.dtype) * weights[order]).to(z.dtype)
+        pre = _first(experts, x, parts, kept[rows] if keep else None)
+        h = hidden(pre, experts.spec)
+        if score == "hidden":
+            h = h * weights[order]
+        h, out = h.to(z.dtype), y[rows]
+        for expert, at in parts:
+            if bias is None:
+                torch.mm(h[at], experts.w2[expert].t(), out=out[at])
+            else:
+                torch.addmm(bias[expert], h[at], experts.w2[expert].t(), out=out[at])
+    return _combine(y, routing, weights if score == "output" else None, z), kept
+
+
+def _first(experts: Experts, x: Tensor, parts: list[tuple[int, slice]], out: Tensor | None) -> Tensor:
+    """The first products of the rows of a block, (rows, columns)."""
+    if out is None:
+        out = torch.empty(x.shape[0], experts.columns, dtype=x.dtype)
+    start = 0
+    for weight in experts.w1:
+        width = weight.shape[1]
+        columns = out[:, start : start + width]
+        for expert, at in parts:
+            if experts.b1 is None:
+                torch.mm(x[at], weight[expert].t(), out=columns[at])
+            else:
+                torch.addmm(experts.b1[expert, start : start + width], x[at], weight[expert].t(), out=columns[at])
+        start += width
+    return out
+
+
+def _combine(y: Tensor, routing: Routing, weights: Tensor | None, z: Tensor) -> Tensor:
+    """The sum of each token's rows of y, weighted if weights (T * K, 1) are given, in z's dtype and shape."""
+    tokens = z.shape[0]
+    if y.numel() == 0:
+        return torch.zeros_like(z, memory_format=torch.contiguous_format)
+    place = routing.place.view(tokens, routing.choices)
+    if y.dtype == wide(y.dtype):  # one pass; torch has it for weights of y's dtype alone
+        scale = None if weights is None else weights.view(tokens, routing.choices).contiguous()
+        return F.embedding_bag(place, y, mode="sum", per_sample_weights=scale)
+    rows = y.index_select(0, routing.place).to(wide(y.dtype))
+    rows = rows if weights is None else rows.mul_(weights)
+    return rows.view(tokens, routing.choices, -1).sum(dim=1).to(z.dtype)
+
+
+# -------------------------------------------------------------------------------------- activation
+
+
+def _gate_up(pre: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+    if spec.gate == "interleaved":
+        return pre[:, ::2], pre[:, 1::2]
+    first, second = pre.chunk(2, dim=1)
+    return (second, first) if spec.gate == "half_swapped" else (first, second)
+
+
+def hidden(pre: Tensor, spec: ExpertSpec) -> Tensor:
+    """(rows, columns) -> (rows, I), computed and returned in at least float32."""
+    pre = pre.to(wide(pre.dtype))
+    if spec.gate == "none":
+        return _activate(pre if spec.limit is None else pre.clamp(max=spec.limit), spec)
+    gate, up = _gate_up(pre, spec)
+    if spec.limit is not None:
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    if spec.shift:
+        up = up + spec.shift
+    return _activate(gate, spec).mul_(up)
+
+
+def _activate(x: Tensor, spec: ExpertSpec) -> Tensor:
+    """A new tensor, act(x)."""
+    if spec.activation == "identity":
+        return x.clone()
+    if spec.activation in ("relu", "relu2"):
+        return x.relu() if spec.activation == "relu" else x.relu().square_()
+    if spec.activation == "silu":
+        return F.silu(x) if spec.alpha == 1.0 else F.silu(spec.alpha * x).div_(spec.alpha)
+    return F.gelu(x, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+
+
+def _activate_backward(grad: Tensor, x: Tensor, spec: ExpertSpec) -> Tensor:
+    """grad * act'(x)."""
+    if spec.activation == "identity":
+        return grad
+    if spec.activation in ("relu", "relu2"):
+        grad = grad if spec.activation == "relu" else grad * (2.0 * x)
+        return torch.ops.aten.threshold_backward(grad, x, 0.0)
+    if spec.activation == "silu":
+        return torch.ops.aten.silu_backward(grad, x if spec.alpha == 1.0 else spec.alpha * x)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+
+
+def hidden_backward(grad: Tensor, pre: Tensor, spec: ExpertSpec) -> Tensor:
+    """The gradient of `hidden` with respect to its input: (rows, I) and (rows, columns) -> (rows, columns)."""
+    pre = pre.to(grad.dtype)
+    if spec.gate == "none":
+        if spec.limit is None:
+            return _activate_backward(grad, pre, spec)
+        return _activate_backward(grad, pre.clamp(max=spec.limit), spec).masked_fill_(pre > spec.limit, 0.0)
+    result = torch.empty_like(pre)
+    gate, up = _gate_up(pre, spec)
+    grad_gate, grad_up = _gate_up(result, spec)
+    inner, outer = (gate, up)
+    if spec.limit is not None:
+        inner, outer = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    torch.mul(grad, _activate(inner, spec), out=grad_up)
+    grad_gate.copy_(_activate_backward(grad * (outer + spec.shift if spec.shift else outer), inner, spec))
+    if spec.limit is not None:
+        grad_gate.masked_fill_(gate > spec.limit, 0.0)
+        grad_up.masked_fill_(up.abs() > spec.limit, 0.0)
+    return result
+
+
+# ---------------------------------------------------------------------------------------- backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """Where a backward pass writes; None for what nobody wants. Shapes and layouts are those of the operands."""
+
+    z: Tensor | None
+    w1: tuple[Tensor | None, ...]
+    w2: Tensor | None
+    b1: Tensor | None
+    b2: Tensor | None
+    p: Tensor | None
+
+
+def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
+    """Fills `into` with the gradients of `forward`.
+
+    Args:
+        experts: as in `forward`, and so are
+        grad: (T, l), of the output.
+        z: as in `forward`.
+        ids: as in `forward`.
+        p: as in `forward`.
+        kept: the first products that `forward` stored, or an empty tensor to compute them again.
+        into: its weights are (E, out, in) views.
+    """
+    routing, spec = Routing.of(ids, experts.w2.shape[0]), experts.spec
+    _zero_idle_experts(routing, into)
+    weights = p.reshape(-1, 1).to(wide(z.dtype))
+    grad_p = torch.zeros(ids.numel(), dtype=weights.dtype)
+    grad_x = torch.empty(ids.numel() if into.z is not None else 0, z.shape[1], dtype=z.dtype)
+    grad_x[routing.routed :] = 0.0
+    for rows, parts in routing.blocks(experts.columns):
+        order = routing.order[rows]
+        token, weight = order // routing.choices, weights[order]
+        x, dy = z.index_select(0, token), grad.index_select(0, token)
+        scaled = (x.to(weight.dtype) * weight).to(x.dtype) if spec.score == "input" else x
+        pre = kept[rows] if kept.shape[0] else _first(experts, scaled, parts, None)
+        h = hidden(pre, spec)
+        dh = torch.empty(h.shape, dtype=z.dtype)
+        for expert, at in parts:
+            torch.mm(dy[at], experts.w2[expert], out=dh[at])
+        wide_dh = dh.to(h.dtype)
+        if spec.score != "input":
+            grad_p[order] = (wide_dh * h).sum(dim=1)
+            wide_dh, h = wide_dh * weight, h * weight
+        dpre = hidden_backward(wide_dh, pre, spec).to(z.dtype)
+        dx = _first_backward(experts, dpre, parts, grad_x[rows]) if into.z is not None or into.p is not None else None
+        if spec.score == "input" and dx is not None:
+            grad_p[order] = (dx.to(h.dtype) * x).sum(dim=1)
+            dx.copy_(dx.to(h.dtype) * weight)
+        _weights_backward(experts, into, parts, scaled, dpre, h.to(z.dtype), dy)
+        if experts.b2 is not None:
+            _second_bias_backward(experts, into, parts, dy, weight, grad_p, order)
+    if into.z is not None:
+        into.z.copy_(_combine(grad_x, routing, None, z))
+    if into.p is not None:
+        into.p.copy_(grad_p.view(p.shape))
+
+
+def _zero_idle_experts(routing: Routing, into: Gradients) -> None:
+    idle = [expert for expert, count in enumerate(routing.counts) if count == 0]
+    for gradient in (*into.w1, into.w2, into.b1, into.b2):
+        if gradient is not None:
+            for expert in idle:
+                gradient[expert].zero_()
+
+
+def _first_backward(experts: Experts, dpre: Tensor, parts: list[tuple[int, slice]], out: Tensor) -> Tensor:
+    """Gradient of the rows that entered the first product."""
+    if out.shape[0] != dpre.shape[0]:
+        out = torch.empty(dpre.shape[0], experts.w1[0].shape[2], dtype=dpre.dtype)
+    start = 0
+    for weight in experts.w1:
+        columns = dpre[:, start : start + weight.shape[1]]
+        for expert, at in parts:
+            if start == 0:
+                torch.mm(columns[at], weight[expert], out=out[at])
+            else:
+                out[at].addmm_(columns[at], weight[expert])
+        start += weight.shape[1]
+    return out
+
+
+def _weights_backward(
+    experts: Experts, into: Gradients, parts: list[tuple[int, slice]], x: Tensor, dpre: Tensor, h: Tensor, dy: Tensor
+) -> None:
+    for expert, at in parts:
+        start = 0
+        for weight, gradient in zip(experts.w1, into.w1, strict=True):
+            if gradient is not None:
+                torch.mm(dpre[at, start : start + weight.shape[1]].t(), x[at], out=gradient[expert])
+            start += weight.shape[1]
+        if into.w2 is not None:
+            torch.mm(dy[at].t(), h[at], out=into.w2[expert])
+        if into.b1 is not None:
+            torch.sum(dpre[at], dim=0, out=into.b1[expert])
+
+
+def _second_bias_backward(
+    experts: Experts, into: Gradients, parts: list[tuple[int, slice]], dy: Tensor, weight: Tensor, grad_p: Tensor,
+    order: Tensor,
+) -> None:  # fmt: skip
+    assert experts.b2 is not None
+    weighted = experts.spec.score == "output"
+    for expert, at in parts:
+        wide_dy = dy[at].to(grad_p.dtype)
+        if weighted:
+            grad_p[order[at]] += wide_dy @ experts.b2[expert].to(grad_p.dtype)
+        if into.b2 is not None:
+            into.b2[expert] = (wide_dy * weight[at] if weighted else wide_dy).sum(dim=0)
