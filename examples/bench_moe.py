@@ -48,7 +48,7 @@ def main() -> None:
                 torch._dynamo.reset()
                 layers = {
                     "inductor": torch.compile(block, backend="inductor", dynamic=False),
-                    "s2o": torch.compile(block, backend="s2o", options={"disable": []}, dynamic=False),
+                    "s2o": torch.compile(block, backend="s2o", options={"experts": True}, dynamic=False),
                 }
 
                 def run(layer: Callable[..., Any], training: bool = training, x: torch.Tensor = x) -> None:

@@ -61,7 +61,7 @@ def _rewrite_attention(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder
 
 
 def _rewrite_experts(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder, names: _SiteNames) -> None:
-    if "moe" in config.disable:
+    if not config.experts:
         return
     sites, declined = _guarded(lambda: moe.find_experts(gm.graph), "experts", ([], []))
     _rewrite_sites(gm, "moe", sites, declined, config, recorder, names)

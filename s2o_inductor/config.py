@@ -13,7 +13,7 @@ from s2o_inductor.sparse_policy import MIN_SEQ, SparsePolicy
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Verify = Literal["first", "always", "off"]
-PASSES = ("attention", "multi-head", "lift-masks", "sparse", "moe")
+PASSES = ("attention", "multi-head", "lift-masks", "sparse")
 _PREFIX = "s2o."
 # On the heads of a trained model this leaves the loss where it was; BENCHMARKS.md has the curve.
 DEFAULT_BUDGET = 0.5
@@ -29,8 +29,9 @@ class S2OConfig:
         verify: compare every distinct rewritten region with the code it replaces before keeping it:
             "first" once per structure and process, "always" each time, "off" never.
         strict: raise instead of declining a site, and on a failed verification.
-        disable: names of passes not to run; see `PASSES`. "moe" is among them unless a list without it is given, ``()``
-            for one: on CPU a decoding step of routed experts is slower than Inductor's.
+        disable: names of passes not to run; see `PASSES`.
+        experts: also rewrite mixtures of experts, on CPU alone: faster over many tokens, slower for a single one
+            than what Inductor makes of the layer, so not by default.
         exclude: shell-style patterns of module paths whose sites stay as they are.
         dump_dir: folder for the graphs before and after each stage; None writes nothing.
         budget: how far long attention may be approximated where no gradients are needed: the estimated share
@@ -46,7 +47,8 @@ class S2OConfig:
     inner: Inner = "inductor"
     verify: Verify = "first"
     strict: bool = False
-    disable: tuple[str, ...] = ("moe",)
+    disable: tuple[str, ...] = ()
+    experts: bool = False
     exclude: tuple[str, ...] = ()
     dump_dir: str | None = None
     budget: float = DEFAULT_BUDGET
@@ -58,8 +60,9 @@ class S2OConfig:
     def __post_init__(self) -> None:
         _one_of("inner", self.inner, get_args(Inner))
         _one_of("verify", self.verify, get_args(Verify))
-        if not isinstance(self.strict, bool):
-            raise OptionError(f"option 'strict' must be True or False; got {self.strict!r}")
+        for name in ("strict", "experts"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"option {name!r} must be True or False; got {getattr(self, name)!r}")
         for name in ("disable", "exclude"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):

@@ -49,7 +49,7 @@ def test_every_layer_is_rewritten_and_trains_as_in_eager(name: str, implementati
     expected = model(tokens, use_cache=False).logits
     grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="s2o", options={"inner": "aot_eager", "disable": []})
+    compiled = torch.compile(model, backend="s2o", options={"inner": "aot_eager", "experts": True})
     actual = compiled(tokens, use_cache=False).logits
     found = torch.autograd.grad(actual.square().sum(), list(model.parameters()))
     sites = [site for site in s2o_inductor.last_report().to_dict()["sites"] if site["kind"] == "moe"]
@@ -107,14 +107,14 @@ def captured_layers() -> tuple[fx.GraphModule, list[Any]]:
 def rewritten(gm: fx.GraphModule, **options: Any) -> list[tuple[str, str | None]]:
     """Stage 1 on the graph; (status, reason) of every site of experts."""
     report = GraphReport()
-    pipeline.rewrite_dynamo_graph(gm, S2OConfig(**{"disable": (), **options}), report)
+    pipeline.rewrite_dynamo_graph(gm, S2OConfig(**{"experts": True, **options}), report)
     return [(site.status, site.reason) for site in report.sites if site.kind == "moe"]
 
 
 def test_experts_stay_as_they_are_unless_asked_for() -> None:
     gm, _ = captured_layers()
     before = str(gm.graph)
-    assert rewritten(gm, disable=S2OConfig().disable) == []
+    assert rewritten(gm, experts=S2OConfig().experts) == []
     assert str(gm.graph) == before
 
 
