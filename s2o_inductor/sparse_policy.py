@@ -39,7 +39,7 @@ class Geometry:
     tile: int = 128
     sink: int = 128
     bundle: int = 512
-    horizon: int = 16
+    horizon: int = 8
     sub_means: int = 8
     smoothing: int = 9
     block: int = 128
