@@ -20,32 +20,9 @@ from torch import Tensor
 
 from s2o_inductor.kernels import cpu_sparse_torch, native
 from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
-from s2o_inductor.kernels.reference_sparse import tiles_of
+from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of
 from s2o_inductor.kernels.tail_groups import Groups, tail_groups
 from s2o_inductor.sparse_policy import Geometry
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A result of `forward`.
-
-    Attributes:
-        output: (B, Hq, Sq, Dv) in the dtype of q, stored as (B, Sq, Hq, Dv).
-        lse: float32 (B, Hq, Sq), float64 for float64: natural logarithm of the mass of what was read and of the
-            tail; -inf for a row that sees no key, whose output is 0.
-        bundles: int64 (B, Hq, tiles), bundles read.
-        tail: (B, Hq, tiles) in the dtype of lse, mean over the rows of the share of the mass that the stop rule
-            estimated to be left after the last bundle.
-        pairs: int64 (B, Hq), visible (query, key) pairs whose score was computed.
-        visible: int64 (B, Hq), visible pairs.
-    """
-
-    output: Tensor
-    lse: Tensor
-    bundles: Tensor
-    tail: Tensor
-    pairs: Tensor
-    visible: Tensor
 
 
 def forward(
@@ -60,7 +37,7 @@ def forward(
     keys: Tensor | None,
     max_density: float,
     geometry: Geometry,
-) -> Result:
+) -> Sparse:
     """S2O sparse attention.
 
     Args:
@@ -74,6 +51,9 @@ def forward(
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes.
+
+    Returns:
+        `Sparse`: output in the dtype of q, stored as (B, Sq, Hq, Dv); lse and tail in float32, float64 for float64.
 
     Raises:
         ValueError: sizes, budgets, density or window are out of range.
@@ -97,7 +77,7 @@ def forward(
     lse = torch.empty(batch, heads, queries, dtype=wide)
     tail = torch.empty(batch, heads, tiles, dtype=wide)
     bundles, pairs, visible = (torch.empty(batch, heads, tiles, dtype=torch.int64) for _ in range(3))
-    result = Result(output, lse, bundles, tail, pairs, visible)
+    result = Sparse(output, lse, bundles, tail, pairs, visible)
     run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, geometry, groups)
     return dataclasses.replace(
         result, output=heads_last(output.to(q.dtype)), pairs=pairs.sum(dim=2), visible=visible.sum(dim=2)
@@ -157,7 +137,7 @@ class _Native:
         self.library = library
 
     def __call__(
-        self, result: Result, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
+        self, result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
         window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))

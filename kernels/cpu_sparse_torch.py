@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from s2o_inductor.kernels.reference_sparse import tiles_of, token_order, token_scores
+from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of, token_order, token_scores
 from s2o_inductor.kernels.tail_groups import Groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
-
-if TYPE_CHECKING:
-    from s2o_inductor.kernels.cpu_sparse import Result
 
 _HIDDEN = float("-inf")
 
@@ -72,7 +68,7 @@ class _Softmax:
 
 
 def run(
-    result: Result, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
+    result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
     window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
 ) -> None:  # fmt: skip
     """Fills `result`, whose pairs and visible are per tile, (B, Hq, tiles).

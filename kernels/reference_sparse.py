@@ -11,7 +11,7 @@ through an index, until what is left is not worth reading. The steps, each a fun
 Two variants matter. The paper's: one mean query per segment of queries, stop when a bundle's share of the mass so
 far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `clusters=0`). Ours: the mean of the softmax of
 several sub-means per tile, stop when the worst row's estimated tail falls under the budget, and a tail of grouped
-keys, which on the heads of a trained model divides the error at equal density by ten (BENCHMARKS.md).
+keys, which on the heads of a trained model divides the error at equal density by five to eight (BENCHMARKS.md).
 
 Everything keeps the dtype of its inputs, so float64 gives the truth for a given selection.
 """

@@ -33,7 +33,7 @@ class Reading:
     Attributes:
         density: computed over visible (query, key) pairs, mean of the heads.
         head_density: the same for each query head, mean of the batch.
-        dropped: estimated share of the softmax mass that was left to the pooled tail, mean of the heads.
+        dropped: estimated share of the softmax mass that was left to the tail, mean of the heads.
         error: squared error of the audited rows over their squared norm, mean of the heads; None without `audit`.
     """
 

@@ -69,8 +69,8 @@ class SparsePolicy:
     """What one call of `s2o::sparse_attention` may do.
 
     Attributes:
-        budgets: estimated share of its softmax mass that the worst row of a tile may leave unread (a pooled tail
-            stands in for it): one for all query heads, or one per query head. 0 is exact.
+        budgets: estimated share of its softmax mass that the worst row of a tile may leave unread (groups of
+            like keys stand in for it): one for all query heads, or one per query head. 0 is exact.
         max_density: largest share of a prefix that a tile reads.
         min_seq: fewer keys than this are computed exactly.
         audit: rows per head whose exact result is computed as well, for the error in the report; 0 is none.

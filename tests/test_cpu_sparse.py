@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_inductor.kernels import cpu_sparse, native, reference, reference_sparse
-from s2o_inductor.kernels.cpu_sparse import Result
+from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.sparse_policy import Geometry
 from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
 
@@ -33,7 +33,7 @@ NAN = float("nan")
 both = pytest.mark.parametrize("kind", ["native", "torch"])  # the compiled kernel, and the torch code
 
 
-def run(kind: str, q: Tensor, k: Tensor, v: Tensor, budget: float | tuple[float, ...] = 0.0, **options: Any) -> Result:
+def run(kind: str, q: Tensor, k: Tensor, v: Tensor, budget: float | tuple[float, ...] = 0.0, **options: Any) -> Sparse:
     options = {
         **{"scale": 0.25, "causal": True, "window": None, "keys": None, "max_density": 1.0, "geometry": SMALL},
         **options,
@@ -287,7 +287,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kind: str) -> None:
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        for field in dataclasses.fields(Result):
+        for field in dataclasses.fields(Sparse):
             assert torch.equal(getattr(results[0], field.name), getattr(other, field.name)), field.name
 
 
