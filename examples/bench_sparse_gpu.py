@@ -50,7 +50,7 @@ def operands(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> tuple
     q, k, v = (normal(1, length, n, WIDTH) for n in (heads, kv_heads, kv_heads))
     position = torch.arange(length, device="cuda")
     q += topics[position // 512 % 16][None, :, None] * 0.7
-    k += topics[position * 7 // 64 % 16][None, :, None] * (position % 64 == 3)[None, :, None]
+    k += topics[position * 7 // 64 % 16][None, :, None] * (position % 64 == 3)[None, :, None, None]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
