@@ -23,7 +23,7 @@ class Geometry:
     i + Sk - Sq: tiles, and so results, do not depend on how a prefill is cut into chunks of whole tiles.
 
     Attributes:
-        tile: query positions that share one order and one stop; a multiple of `block`.
+        tile: query positions that share one order and one stop; a multiple of `block` or a divisor of it.
         sink: keys at the start that every tile reads densely; a multiple of `block`.
         bundle: keys read between two stop tests.
         horizon: bundles that the stop rule takes to be left at least. A row's estimate is at most r / (1 + r) with r
@@ -38,12 +38,12 @@ class Geometry:
     """
 
     tile: int = 128
-    sink: int = 128
+    sink: int = 256
     bundle: int = 512
     horizon: int = 8
     sub_means: int = 2
     run: int = 8
-    block: int = 128
+    block: int = 256
     clusters: int = 4
     rounds: int = 4
     limit: float = 3.0
@@ -56,8 +56,11 @@ class Geometry:
             raise ValueError(f"sub_means must divide the tile of {self.tile} queries; got {self.sub_means}")
         if self.bundle % self.run or self.block % self.run:
             raise ValueError(f"run must divide bundle and block; got {self.run}, {self.bundle} and {self.block}")
-        if self.sink < 0 or self.sink % self.block or self.tile % self.block:
-            raise ValueError(f"sink and tile must be multiples of block; got {self.sink}, {self.tile} and {self.block}")
+        if self.sink < 0 or self.sink % self.block or (self.tile % self.block and self.block % self.tile):
+            raise ValueError(
+                f"sink must be a multiple of block, and tile too or the other way round; "
+                f"got {self.sink}, {self.tile} and {self.block}"
+            )
         if not 0 <= self.clusters <= self.block or self.limit < 0:
             raise ValueError(
                 f"clusters must be from 0 to block, limit at least 0; "
