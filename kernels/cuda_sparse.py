@@ -57,7 +57,7 @@ def tail_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
     if dtype == torch.float32:
         return [Config(min(tile, 32 if width <= 128 else 16), 16, 8, 1)]
     if width <= 128:
-        return [Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 32, 8, 1)]
+        return [Config(tile, 64, 8, 3), Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 32, 8, 1)]
     return [Config(min(tile, 64), 32, 8, 2), Config(min(tile, 64), 16, 8, 1)]
 
 

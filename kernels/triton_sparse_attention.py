@@ -117,7 +117,7 @@ def attend_kernel(
         before = 0
         after = tl.cdiv(last - first, BN)
     pairs = tl.zeros((TILE,), tl.int32)
-    for step in tl.range(0, before + after, num_stages=2):
+    for step in tl.range(0, before + after):
         from_start = (step < before) | (low == high)
         key = tl.where(from_start, first + step * BN, tl.maximum(high, first) + (step - before) * BN) + tl.arange(0, BN)
         there = load_allowed(allowed_ptr, batch, keys, key, key < tl.where(step < before, low, last), KEYS)
@@ -137,7 +137,7 @@ def attend_kernel(
     tokens = start * 0  # places of the order, in which some keys may be hidden
     read = start * 0
     if budget < 0.0:
-        for key0 in tl.range(low, high, BN, num_stages=2):
+        for key0 in tl.range(low, high, BN):
             key = key0 + tl.arange(0, BN)
             # Prefixes need not be a multiple of BN.
             there = load_allowed(allowed_ptr, batch, keys, key, key < high, KEYS)
@@ -154,13 +154,17 @@ def attend_kernel(
             total0 = total
             size = tl.minimum(listed - tokens, BUNDLE)
             here = table_ptr + row * places + tokens // RUN
+            of_step = tl.arange(0, BN)
+            run = tl.load(here + of_step // RUN)
             for step in tl.range(0, tl.cdiv(size, BN)):
-                of_step = step * BN + tl.arange(0, BN)
-                there = of_step < size
-                run = tl.load(here + of_step // RUN)
+                there = step * BN + of_step < size
                 if RAGGED:
                     run = tl.where(there, run, 0)
                 key = run * RUN + of_step % RUN
+                # The next step's runs, a step ahead: a load whose address another load of the same step brings
+                # would leave the pipeline one stage for the two of them.
+                ahead = (step + 1) * BN + of_step
+                run = tl.load(here + ahead // RUN, mask=ahead < size, other=0)
                 if KEYS:
                     there = load_allowed(allowed_ptr, batch, keys, key, there, KEYS)
                     read += tl.sum(there.to(tl.int32), 0)
@@ -208,6 +212,15 @@ def bundle_of_kernel(
     tl.store(to, (place // (BUNDLE // RUN)).to(tl.int16), mask=there)
 
 
+@triton.jit
+def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: tl.constexpr, SPAN: tl.constexpr):
+    """The bundles of the runs of keys [key0, key0 + SPAN) below `high`, and how many keys they have in each group."""
+    run = key0 // RUN + tl.arange(0, SPAN // RUN)
+    entry = key0 // RUN * CLUSTERS + tl.arange(0, SPAN // RUN * CLUSTERS)
+    bundle = tl.load(of_bundle + run, mask=run < high // RUN, other=0)
+    return bundle, tl.load(of_counts + entry, mask=entry < high // RUN * CLUSTERS, other=0)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tail_kernel(
     q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, counts_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
@@ -248,16 +261,15 @@ def tail_kernel(
         steps = (queries.to(tl.int64) * heads * DV, DV, heads.to(tl.int64) * DV)
         acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
         SPAN: tl.constexpr = BN // CLUSTERS * UNIT
-        OF_UNIT: tl.constexpr = UNIT // RUN
+        of_bundle = bundle_of_ptr + row * room - base // RUN
+        of_counts = counts_ptr + kv_bh * groups * (UNIT // RUN)
+        bundle, counts = _load_unread(of_bundle, of_counts, low, high, RUN, CLUSTERS, SPAN)
         for key0 in tl.range(low, high, SPAN):
-            run = key0 // RUN + tl.arange(0, SPAN // RUN)
-            inside = run * RUN < high
-            unread = tl.load(bundle_of_ptr + row * room + run - base // RUN, mask=inside, other=0) >= bundles
-            entry = key0 // RUN * CLUSTERS + tl.arange(0, SPAN // RUN * CLUSTERS)
-            of_run = counts_ptr + kv_bh * groups * OF_UNIT + entry
-            counts = tl.load(of_run, mask=entry < high // RUN * CLUSTERS, other=0).to(tl.int32)
-            counts = counts.reshape(BN // CLUSTERS, OF_UNIT, CLUSTERS)
-            left = tl.sum(counts * unread.to(tl.int32).reshape(BN // CLUSTERS, OF_UNIT, 1), 1).reshape(BN)
+            unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, UNIT // RUN, 1)
+            of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, UNIT // RUN, CLUSTERS)
+            left = tl.sum(of_group * unread, 1).reshape(BN)
+            # A step ahead: the pipeline is for operands of products alone.
+            bundle, counts = _load_unread(of_bundle, of_counts, key0 + SPAN, high, RUN, CLUSTERS, SPAN)
             number = key0 // UNIT * CLUSTERS + tl.arange(0, BN)
             there = number < high // UNIT * CLUSTERS
             k = gather_rows(mean_k_ptr, (groups.to(tl.int64) * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)

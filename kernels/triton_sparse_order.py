@@ -192,33 +192,39 @@ def _scores_kernel(
     end = tl.minimum(base + span * _SPAN + _SPAN, tl.max(tl.where(used, high, 0)))
     to = bins_ptr + (kv_bh.to(tl.int64) * count + tile - tile0) * room - base // RUN
     near = tl.arange(0, LEAST_ROWS)
-    for at in tl.range(begin, end, BN):  # BN divides UNIT: a NaN in the groups of a block reaches no other block's keys
-        key = at + tl.arange(0, BN)
-        number = at // UNIT * CLUSTERS + near
-        there = near < CLUSTERS
+    of_part = tl.arange(0, BN)
+    members = member_ptr + kv_bh.to(tl.int64) * blocks * UNIT
+    member = tl.load(members + begin + of_part, mask=begin + of_part < end, other=0)
+    # Whole blocks, so that a NaN in the groups of one reaches no other's keys.
+    for block in tl.range(begin, end, UNIT):
+        number = block // UNIT * CLUSTERS + near
         scores = _group_scores(
-            means, squares, kv_bh, number, there, groups, mean_k_ptr, variance_ptr, scale2, limit, PRECISION, D,
-            BLOCK_D,
+            means, squares, kv_bh, number, near < CLUSTERS, groups, mean_k_ptr, variance_ptr, scale2, limit,
+            PRECISION, D, BLOCK_D,
         )  # fmt: skip
         shares = tl.exp2(scores - shift[:, None])
-        member = tl.load(member_ptr + kv_bh.to(tl.int64) * blocks * UNIT + key, mask=key < end, other=0).to(tl.int32)
-        of_key = (near[:, None] == member[None, :]).to(tl.float32)
-        expected = tl.dot(shares, of_key, input_precision=PRECISION)
-        k = load_tile(k_tiles, batch, kv_head, at, BN, BLOCK_D)
-        products = tl.dot(means, k.T, input_precision="ieee")
-        apart = tl.abs(tl.exp2(products * scale2 - shift[:, None]) - expected)
-        run = at // RUN + tl.arange(0, BN // RUN)
-        size = tl.full((BN // RUN,), RUN, tl.int32)
-        if KEYS:
-            allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
-            apart = tl.where(allowed[None, :], apart, 0.0)
-            size = tl.sum(allowed.to(tl.int32).reshape(BN // RUN, RUN), 1)
-        sums = tl.sum(apart.reshape(BM, BN // RUN, RUN), 2)
-        sums = tl.sum(sums.reshape(GROUPED, MEANS, BN // RUN), 1)
-        number = bins_of(sums / tl.maximum(size, 1).to(tl.float32)[None, :])
-        number = tl.where((size > 0)[None, :], number, HIDDEN_BIN)
-        inside = (run[None, :] * RUN >= low[:, None]) & (run[None, :] * RUN < tl.minimum(high, end)[:, None])
-        tl.store(to[:, None] + run[None, :], number.to(tl.uint8), mask=inside)
+        for part in tl.static_range(UNIT // BN):
+            at = block + part * BN
+            of_key = (near[:, None] == member.to(tl.int32)[None, :]).to(tl.float32)
+            ahead = at + BN + of_part  # a step, so that nothing waits for it
+            member = tl.load(members + ahead, mask=ahead < end, other=0)
+            expected = tl.dot(shares, of_key, input_precision=PRECISION)
+            k = load_tile(k_tiles, batch, kv_head, at, BN, BLOCK_D)
+            products = tl.dot(means, k.T, input_precision="ieee")
+            apart = tl.abs(tl.exp2(products * scale2 - shift[:, None]) - expected)
+            run = at // RUN + tl.arange(0, BN // RUN)
+            size = tl.full((BN // RUN,), RUN, tl.int32)
+            if KEYS:
+                key = at + tl.arange(0, BN)
+                allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
+                apart = tl.where(allowed[None, :], apart, 0.0)
+                size = tl.sum(allowed.to(tl.int32).reshape(BN // RUN, RUN), 1)
+            sums = tl.sum(apart.reshape(BM, BN // RUN, RUN), 2)
+            sums = tl.sum(sums.reshape(GROUPED, MEANS, BN // RUN), 1)
+            number = bins_of(sums / tl.maximum(size, 1).to(tl.float32)[None, :])
+            number = tl.where((size > 0)[None, :], number, HIDDEN_BIN)
+            inside = (run[None, :] * RUN >= low[:, None]) & (run[None, :] * RUN < tl.minimum(high, end)[:, None])
+            tl.store(to[:, None] + run[None, :], number.to(tl.uint8), mask=inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +268,7 @@ def _configs(k: Tensor, rows: int) -> list[Config]:
     if k.dtype == torch.float32 or rows > _ROWS:
         return [Config(rows, 32, 8, 2), Config(rows, 16, 8, 1)]
     if k.shape[3] <= 128:
-        return [Config(rows, 128, 8, 3), Config(rows, 64, 8, 2), Config(rows, 64, 8, 1)]
+        return [Config(rows, 128, 8, 2), Config(rows, 64, 8, 2), Config(rows, 64, 8, 1)]
     return [Config(rows, 64, 8, 2), Config(rows, 32, 8, 1)]
 
 
