@@ -90,9 +90,7 @@ def dense_times(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
     return times
 
 
-def stage_times(
-    q: Tensor, k: Tensor, v: Tensor, density: fractions.Fraction, geometry: Geometry
-) -> dict[str, float]:
+def stage_times(q: Tensor, k: Tensor, v: Tensor, density: fractions.Fraction, geometry: Geometry) -> dict[str, float]:
     """Milliseconds to group keys, to rank (representatives, masses) and to order (scores, bins, table) all tiles."""
     tiling = Tiling(q.shape[2], k.shape[2], True, None, geometry)
     scale = WIDTH**-0.5
