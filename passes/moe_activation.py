@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import torch
@@ -157,6 +157,17 @@ def _candidates(nodes: list[fx.Node], products: int, narrow: bool) -> Iterator[t
 
     for node in nodes:
         fx.node.map_aggregate((node.args, dict(node.kwargs)), note)
+    return formulas(constants, products, narrow)
+
+
+def formulas(constants: Iterable[float], products: int, narrow: bool) -> Iterator[tuple[ExpertSpec, bool]]:
+    """Every formula with some of these constants, the simplest first, and whether the second product is the gate.
+
+    Args:
+        constants: positive numbers that may be slope, bound or shift.
+        products: first products of an expert, one or two.
+        narrow: one first product is as wide as the hidden rows: there is no gate.
+    """
     found = sorted(constants)
     alphas, shifts = ([start, *(one for one in found if one != start)] for start in (1.0, 0.0))
     limits: list[float | None] = [None, *found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 from torch import fx
@@ -121,6 +122,9 @@ class Recorder(Protocol):
 
     def rewrote(self, site: Site, name: str, verified: str) -> None:
         """A site became an op that carries `name`."""
+
+    def prepared(self, name: str, shape: Mapping[str, Any]) -> None:
+        """The graph calls experts that `s2o_inductor.prepare` put there."""
 
     def declined(self, refusal: Declined) -> None:
         """A candidate stays as it is."""
