@@ -220,7 +220,8 @@ def _match(owner: nn.Module, experts: Experts, unit: _Unit) -> Roles | None:
         for score in scores if results else ():
             spec = dataclasses.replace(experts.spec, score=score)
             y = dataclasses.replace(experts, spec=spec)(owner, x, chosen, p, "")
-            for result, adds in itertools.product(results, (True, False)):
+            # Set before added: a buffer that is written row by row may hold zeros by chance.
+            for adds, result in itertools.product((False, True), results):
                 base = unit.before.get(result)
                 if adds and (base is None or base.shape != changed[result].shape):
                     continue
