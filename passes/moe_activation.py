@@ -22,6 +22,7 @@ from s2o_inductor.moe_spec import Activation, ExpertSpec
 from s2o_inductor.passes import verify
 from s2o_inductor.passes.flow import Flow
 from s2o_inductor.passes.graph_utils import Refusal, dtype_of, fake, op_name, shape_of
+from s2o_inductor.passes.moe_products import read_bias
 
 _ROWS = 8
 # What acts on every row alone, along its last axis at most.
@@ -77,19 +78,17 @@ def read_activation(flow: Flow, first: list[fx.Node], last: fx.Node, rows: fx.No
 
 
 def _placed(x: Tensor, node: fx.Node) -> Tensor:
-    """Rows in the shape of a product: batched ones have an axis of size 1."""
+    """Rows in the shape of a product: batched ones have an axis of size 1, or one of tokens or choices."""
     shape = shape_of(node)
     if len(shape) == 2:
         return x.clone()
-    return x.clone().unsqueeze(1) if shape[1] == 1 else x.clone().unsqueeze(2)
+    return x.clone().unsqueeze(2) if shape[2] == 1 != shape[1] else x.clone().unsqueeze(1)
 
 
 def _collect(
     flow: Flow, first: list[fx.Node], last: fx.Node, rows: fx.Node
 ) -> tuple[list[fx.Node], dict[fx.Node, Any], fx.Node | None, tuple[fx.Node, fx.Node] | None]:
     """The nodes in between, neutral values for what else they read, the bias, and the routing weights."""
-    from s2o_inductor.passes.moe import read_bias
-
     inside: set[fx.Node] = set()
     given: dict[fx.Node, Any] = {}
     bias: fx.Node | None = None

@@ -44,7 +44,9 @@ def check_experts(graph: fx.Graph, site: ExpertsSite, *, always: bool = False) -
         with torch.no_grad(), _disable_current_modes(), contextlib.ExitStack() as regions:
             for arguments in autocast:
                 regions.enter_context(torch.autocast(*arguments))
-            found = [_run(site, routing, sizes or {}) for routing in ("random", "same", "one")]
+            # A matrix of routing weights has one entry per expert, so its choices cannot repeat one.
+            routings = ("random", "same") if site.dense else ("random", "same", "one")
+            found = [_run(site, routing, sizes or {}) for routing in routings]
         outcome = next((outcome for outcome in found if not outcome.passed), found[0])
         _outcomes[key] = dataclasses.replace(outcome, detail=outcome.detail + ", at shortened sizes" * bool(sizes))
     return _outcomes[key]
@@ -96,12 +98,19 @@ def _elements(node: fx.Node | None) -> int:
 def _run(site: ExpertsSite, routing: str, sizes: Mapping[int, int]) -> verify.Outcome:
     generator = torch.Generator().manual_seed(0)
     inputs = {node: _example(node, site, routing, sizes, generator) for node in _inputs(site)}
+    if site.dense:
+        weights, ids = inputs[site.weights], inputs[site.ids]
+        inputs[site.weights] = torch.zeros_like(weights).scatter(1, ids, weights.gather(1, ids))
     original = _replay(site, inputs, sizes, verify.as_written)
     gold = _replay(site, {node: verify.to_double(value) for node, value in inputs.items()}, sizes, _in_double)
     values = [None if node is None else inputs[node] for node in site.operands()]
     values[0] = inputs[site.tokens].to(inputs[site.w1].dtype)
+    if site.dense:
+        values[-1] = inputs[site.weights].gather(1, inputs[site.ids])
     with torch.autocast(original.device.type, enabled=False):
         actual = torch.ops.s2o.moe_experts(*values, site.spec.text(), False, "")[0].to(original.dtype)
+    actual = actual.reshape(original.shape)
+    actual = actual if site.base is None else inputs[site.base] + actual
     return verify.within_bound(actual, original, gold, terms=sum(inputs[site.w2].shape[1:]))
 
 

@@ -236,6 +236,7 @@ NEAR_MISSES = {
     Counted: "also sets 'self.calls'",
     Tallied: "gives something else",
     Squashed: "no method or loop of it is a weighted sum",
+    moe_idioms.Split: "its experts are stacked, and it does not take tokens, expert numbers and weights",
 }
 
 
