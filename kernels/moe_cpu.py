@@ -53,7 +53,7 @@ class Experts:
     @property
     def number(self) -> int:
         """How many experts there are."""
-        return len(self.w2)
+        return self.w2.shape[0] if isinstance(self.w2, Tensor) else len(self.w2)
 
     @property
     def columns(self) -> int:
@@ -130,6 +130,8 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
+    if not keep and ids.numel() and (ids.shape[0] == 1 or 4 * ids.numel() <= experts.number):
+        return _few(experts, z, ids, p), z.new_empty(0, experts.columns)
     routing = Routing.of(ids, experts.number)
     kept = torch.empty(ids.numel() if keep else 0, experts.columns, dtype=z.dtype)
     y = torch.empty(ids.numel(), z.shape[1], dtype=z.dtype)
@@ -138,7 +140,6 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         kept[routing.routed :] = 0.0
     score = experts.spec.score
     weights = p.reshape(-1, 1).to(wide(z.dtype))
-    bias = experts.b2
     for rows, parts in routing.blocks(experts.columns):
         order = routing.order[rows]
         x = z.index_select(0, order // routing.choices)
@@ -148,13 +149,42 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         h = hidden(pre, experts.spec)
         if score == "hidden":
             h = h * weights[order]
-        h, out = h.to(z.dtype), y[rows]
-        for expert, at in parts:
-            if bias is None:
-                torch.mm(h[at], experts.w2[expert].t(), out=out[at])
-            else:
-                torch.addmm(bias[expert], h[at], experts.w2[expert].t(), out=out[at])
+        _second(experts, h.to(z.dtype), parts, y[rows])
     return _combine(y, routing, weights if score == "output" else None, z), kept
+
+
+def _few(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor:
+    """`forward` for a decoding step: choices as they come, since hardly any two share an expert.
+
+    With one row per product, sorting and gathering would take as long as the products.
+    """
+    choices = ids.shape[1]
+    weights = p.reshape(-1, 1).to(wide(z.dtype))
+    x = z if ids.shape[0] == 1 else z.repeat_interleave(choices, dim=0)
+    if experts.spec.score == "input":
+        x = (x.to(weights.dtype) * weights).to(z.dtype)
+    chosen, number = ids.reshape(-1).tolist(), experts.number
+    parts = [(expert, slice(row, row + 1)) for row, expert in enumerate(chosen) if 0 <= expert < number]
+    pre = z.new_empty(ids.numel(), experts.columns)
+    y = z.new_empty(ids.numel(), z.shape[1])
+    if len(parts) < len(chosen):
+        pre.zero_()
+        y.zero_()
+    _first(experts, x.expand(ids.numel(), -1), parts, pre)
+    h = hidden(pre, experts.spec)
+    h = (h * weights if experts.spec.score == "hidden" else h).to(z.dtype)
+    _second(experts, h, parts, y)
+    place = torch.arange(ids.numel())
+    return _combine(y, Routing(choices, place, place, []), weights if experts.spec.score == "output" else None, z)
+
+
+def _second(experts: Experts, h: Tensor, parts: list[tuple[int, slice]], out: Tensor) -> None:
+    """The second products of the hidden rows of a block."""
+    for expert, at in parts:
+        if experts.b2 is None:
+            torch.mm(h[at], experts.w2[expert].t(), out=out[at])
+        else:
+            torch.addmm(experts.b2[expert], h[at], experts.w2[expert].t(), out=out[at])
 
 
 def _first(experts: Experts, x: Tensor, parts: list[tuple[int, slice]], out: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from s2o_inductor.passes.moe_products import read_bias
 
 _ROWS = 8
 # What acts on every row alone, along its last axis at most.
-_ROWWISE = frozenset(
+ROWWISE = frozenset(
     ("add", "sub", "mul", "div", "neg", "pow", "square", "abs", "exp", "tanh", "sigmoid", "erf", "silu", "gelu", "relu",
      "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "rsub", "masked_fill", "chunk", "split", "getitem",
      "unsqueeze", "squeeze", "contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "quick_gelu")
@@ -99,7 +99,7 @@ def _collect(
         node = pending.pop()
         if node in inside or node in first:
             continue
-        if op_name(node) not in _ROWWISE:
+        if op_name(node) not in ROWWISE:
             raise Refusal(f"'{op_name(node) or node.name}' stands between the experts' products")
         inside.add(node)
         for source in node.all_input_nodes:

@@ -17,6 +17,7 @@ from s2o_inductor.passes import verify
 from s2o_inductor.passes.flow import Flow
 from s2o_inductor.passes.graph_utils import Refusal, Size, argument, op_name, product_of_sizes, same, shape_of
 from s2o_inductor.passes.moe import MOVES, make_site, read_combine, rows_and_factor
+from s2o_inductor.passes.moe_activation import ROWWISE
 from s2o_inductor.passes.moe_products import Product, read_dense_product
 from s2o_inductor.passes.records import ExpertsSite
 
@@ -33,7 +34,7 @@ def dense_products(flow: Flow) -> dict[fx.Node, Product]:
         product, follows = read_dense_product(flow, node), any(source in derived for source in node.all_input_nodes)
         if product is not None and (follows or _read_tokens(flow, product) is not None):
             found[node] = product
-        if node in found or follows:
+        if node in found or (follows and op_name(node) in ROWWISE | MOVES):
             derived.add(node)
     return found
 
