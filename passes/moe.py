@@ -45,6 +45,8 @@ MOVES = CASTS | {
 }  # fmt: skip
 _GATHERS = frozenset(("getitem", "index_select", "repeat_interleave", "gather"))
 _SUMS = frozenset(("sum", "index_add", "scatter_add"))
+# What never stands between the two products of an expert: behind it lie other layers.
+_OUTSIDE = _SUMS | {"layer_norm", "rms_norm", "linear", "repeat", "expand"}
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 
 
@@ -113,7 +115,7 @@ def _first_products(flow: Flow, last: Product, products: dict[fx.Node, Product])
         seen.add(node)
         if node in products:
             found.add(node)
-        elif gather(node) is None and op_name(node) not in ("layer_norm", "rms_norm", "linear"):
+        elif gather(node) is None and op_name(node) not in _OUTSIDE:
             pending += [flow.read(node, source) for source in node.all_input_nodes]
     return [products[node] for node in sorted(found, key=flow.position.__getitem__)]
 

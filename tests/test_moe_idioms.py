@@ -145,6 +145,14 @@ def test_weights_that_are_zero_outside_the_choices_make_a_site() -> None:
     assert rewritten(dense(sparse), *operands()) == [("rewritten", "")]
 
 
+def test_a_dense_layer_that_reads_another_ones_output_follows_it() -> None:
+    def layers(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        one = dense(sparse)
+        return one(one(x, logits, w1, w2), logits, w1, w2)
+
+    assert rewritten(layers, *operands()) == [("rewritten", "")] * 2
+
+
 @pytest.mark.parametrize("scores", DENSE, ids=lambda scores: scores.__name__)
 def test_weights_that_are_not_zero_outside_the_choices_decline_it(scores: Any) -> None:
     ((status, reason),) = rewritten(dense(scores), *operands())
