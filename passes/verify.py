@@ -298,8 +298,10 @@ def _stepped(value: Tensor, operand: Operand | MaskOperand) -> Tensor:
     return value
 
 
-def within_bound(actual: Tensor, original: Tensor, gold: Tensor, terms: int) -> Outcome:
+def within_bound(actual: Tensor, original: Tensor, gold: Tensor, terms: int, condition: float = 1.0) -> Outcome:
     """max |actual - gold| <= 2 (max |original - gold| + eps max |gold|), rms likewise with 1.5; same NaNs.
+
+    With `condition`, the terms of a sum count and not the sum: eps is multiplied by it.
 
     Code in float64 is its own gold, which hides its error: sums of `terms` products, whose rounding
     errors grow like sqrt(terms), stand in for it.
@@ -314,7 +316,7 @@ def within_bound(actual: Tensor, original: Tensor, gold: Tensor, terms: int) -> 
     gold_finite, ours, theirs = (value.double()[finite] for value in (gold, actual, original))
     if gold_finite.numel() == 0:
         return Outcome(True, "verified")
-    band = torch.finfo(original.dtype).eps * gold_finite.abs().max()
+    band = condition * torch.finfo(original.dtype).eps * gold_finite.abs().max()
     if original.dtype == torch.float64:
         band = band * math.sqrt(terms)
     error, allowed = (ours - gold_finite).abs(), (theirs - gold_finite).abs()

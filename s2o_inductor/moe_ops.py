@@ -43,7 +43,7 @@ def moe_experts(
     ids: Tensor,
     p: Tensor,
     *,
-    spec: ExpertSpec,
+    spec: ExpertSpec | str,
     w3: Tensor | None = None,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
@@ -63,7 +63,7 @@ def moe_experts(
         w2: (E, l, I).
         ids: (T, K), integers. A choice outside 0 ... E - 1 contributes nothing and gets no gradient.
         p: (T, K), floating point, routing weights; gradients to them are exact.
-        spec: the formula of an expert.
+        spec: the formula of an expert, or its text: code that torch.compile captures needs the latter.
         w3: (E, I, l), the up projection, exactly with gate "separate".
         b1: (E, halves * I).
         b2: (E, l).
@@ -82,7 +82,8 @@ def moe_experts(
         keep = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (z, w1, w2, w3, b1, b2, p)
         )  # fmt: skip
-    return torch.ops.s2o.moe_experts(z, w1, w2, w3, b1, b2, ids, p, spec.text(), keep, site)[0]
+    text = spec if isinstance(spec, str) else spec.text()
+    return torch.ops.s2o.moe_experts(z, w1, w2, w3, b1, b2, ids, p, text, keep, site)[0]
 
 
 def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:

@@ -120,6 +120,23 @@ def test_values_and_gradients_are_those_of_the_definition(
         assert_close_to_gold(actual, low[name], gold[name], what=f"{name} of {spec}", condition=8.0)
 
 
+@pytest.mark.parametrize("routing", ["random", "outside", "same_choices"])
+@pytest.mark.parametrize("score", ["output", "hidden", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoding_step_is_what_the_definition_says(dtype: torch.dtype, score: Any, routing: str) -> None:
+    for tokens in (1, 4):  # fewer choices than a quarter of the experts: nothing is sorted
+        case = problem(ExpertSpec("silu", "half", score), tokens, 3, 48, 6, 4, routing=routing, bias=True)
+        low, gold = case.to(dtype), case.to(dtype).to(torch.float64)
+        with torch.no_grad():
+            given = (low.z, low.w1, low.w2, low.ids, low.p)
+            actual = moe_experts(*given, spec=case.spec, b1=low.b1, b2=low.b2)
+            original, truth = (
+                reference_moe.experts(one.z, one.w1, one.w2, one.ids, one.p, one.spec, b1=one.b1, b2=one.b2)
+                for one in (low, gold)
+            )
+        assert_close_to_gold(actual, original, truth, what=f"{tokens} tokens", condition=8.0)
+
+
 @pytest.mark.parametrize("score", ["output", "hidden", "input"])
 @pytest.mark.parametrize("gate", ["none", "half", "separate"])
 def test_gradients_match_finite_differences(score: Any, gate: Any) -> None:
