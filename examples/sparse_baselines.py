@@ -56,7 +56,7 @@ def top_p(shares: Tensor, knobs: Sequence[float], tokens: Tensor | None = None) 
 
 def _by_blocks(scores: Tensor, taken: Tensor, tokens: Tensor | None = None) -> Selection:
     order = scores.argsort(dim=1, descending=True, stable=True)
-    at = (order[..., None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    at = (order[..., None] * BLOCK + torch.arange(BLOCK, device=order.device)).flatten(1)
     return Selection(at if tokens is None else tokens.gather(1, at), BLOCK, taken)
 
 
