@@ -50,7 +50,7 @@ def operands(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> tuple
     q, k, v = (normal(1, length, n, WIDTH) for n in (heads, kv_heads, kv_heads))
     position = torch.arange(length, device="cuda")
     q += topics[position // 512 % 16][None, :, None] * 0.7
-    k += topics[position * 7 // 64 % 16][None, :, None] * (position % 64 == 3)[None, :, None]
+    k += topics[position * 7 // 64 % 16][None, :, None] * (position % 64 == 3)[None, :, None, None]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -153,6 +153,19 @@ def sweep(q: Tensor, k: Tensor, v: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
+def profile(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geometry: Geometry) -> dict[str, float]:
+    """Milliseconds on the device of every kernel of one call, added up by name."""
+    call = {"budgets": (budget,), "max_density": density, "geometry": geometry}
+    cuda_sparse.forward(q, k, v, **call)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        cuda_sparse.forward(q, k, v, **call)
+        torch.cuda.synchronize()
+    found = {event.key[:60]: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:16])
+
+
 def show(row: dict[str, Any]) -> None:
     cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
     print("  ".join(cells), flush=True)
@@ -163,6 +176,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,4096,16384,32768,65536,131072,262144")
     parser.add_argument("--quick", action="store_true", help="16,384 tokens alone")
     parser.add_argument("--sweep", action="store_true", help="ways to run the kernels instead of lengths")
+    parser.add_argument("--profile", action="store_true", help="time on the device by kernel, at density 0.1")
     parser.add_argument("--json", help="write the rows here as well")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -174,6 +188,8 @@ def main() -> None:
         q, k, v = operands(length)
         if options.sweep:
             found = sweep(q, k, v)
+        elif options.profile:
+            found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, Geometry())}]
         else:
             dense = dense_times(q, k, v)
             cases = [(NEVER, 0.05), (NEVER, 0.1), (NEVER, 0.2), (0.5, 1.0)]

@@ -3,15 +3,16 @@
 S2O (arXiv 2602.22575) lets every tile of queries read the tokens of its prefix in falling order of importance,
 through an index, until what is left is not worth reading. The steps, each a function below:
 
-    score   representatives of the tile's queries rank every token of the prefix        `token_scores`
-    order   the prefix by falling score                                                 `token_order`
+    score   mean queries of the tile rank the runs of neighbouring keys of the prefix   `run_scores`
+    order   the prefix by falling score                                                 `run_order`
     attend  the dense part, then bundle after bundle of the order, until the stop rule  `sparse_attention`
     tail    groups of like keys stand in for those of them that were skipped             `tail_groups`
 
-Two variants matter. The paper's: one mean query per segment of queries, stop when a bundle's share of the mass so
-far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `clusters=0`). Ours: the mean of the softmax of
-several sub-means per tile, stop when the worst row's estimated tail falls under the budget, and a tail of grouped
-keys, which on the heads of a trained model divides the error at equal density by five to eight (BENCHMARKS.md).
+Two variants matter. The paper's: one mean query per segment of queries ranks single tokens by their share, stop when
+a bundle's share of the mass so far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `run=1`,
+`clusters=0`). Ours: a tail of grouped keys, which on the heads of a trained model divides the error at equal density
+by five to eight (BENCHMARKS.md); runs of keys ranked by what that tail gets wrong about them; stop when the worst
+row's estimated tail falls under the budget.
 
 Everything keeps the dtype of its inputs, so float64 gives the truth for a given selection.
 """
@@ -53,48 +54,61 @@ class Sparse:
     visible: Tensor
 
 
-def token_scores(q: Tensor, k: Tensor, scale: float, sub_means: int, smoothing: int, hidden: Tensor | None) -> Tensor:
-    """Importance of every token of a prefix for a tile of queries; sums to 1 but for smoothing at the ends.
+def run_scores(
+    q: Tensor, k: Tensor, scale: float, geometry: Geometry, groups: Groups | None, hidden: Tensor | None
+) -> Tensor:
+    """Importance of every run of neighbouring keys of a prefix for a tile of queries.
 
-    The tile is cut into `sub_means` runs of rows (fewer where it is short); each run's mean query takes a softmax
-    over the prefix, and the score is the mean of these over runs and over the heads in `q`. Then a moving average
-    over neighbouring positions (fewer at the ends).
+    The tile is cut into `sub_means` parts of rows (fewer where it is short). For the mean query of each, a key's share
+    of the softmax over the prefix is compared with the share of one key of its group: a key that is like its group
+    loses nothing if the group stands in for it, so what counts is how far the two lie apart. The score of a run is the
+    mean of that distance over its visible keys, over parts and over the heads in `q`. The mass of the prefix, which
+    shares are of, is that of its groups. Without groups a key's score is its share.
 
     Args:
         q: (G, R, D), the queries of a tile; all G heads share the order.
-        k: (N, D), the prefix.
+        k: (N, D), the prefix, whole runs.
         scale: of the scores.
-        sub_means: runs.
-        smoothing: neighbours in the average, odd.
-        hidden: bool (N,), keys that no row sees; their score is 0. None hides nothing.
+        geometry: sizes.
+        groups: of the prefix's keys alone, numbered from 0; None without a tail.
+        hidden: bool (N,), keys that no row sees; they do not count. None hides nothing.
 
     Returns:
-        (N,).
+        (N / run,); 0 where no key of the run is visible.
     """
-    means = torch.stack([part.mean(dim=1) for part in q.tensor_split(min(sub_means, q.shape[1]), dim=1)], dim=1)
-    logits = means @ k.T * scale
-    if hidden is not None:
-        logits = logits.masked_fill(hidden, _HIDDEN)
-    scores = logits.softmax(dim=-1).mean(dim=(0, 1))
-    if smoothing > 1 and scores.numel():
-        scores = torch.nn.functional.avg_pool1d(
-            scores[None], smoothing, stride=1, padding=smoothing // 2, count_include_pad=False
-        )[0]
-    return scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    parts = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
+    means = torch.stack([part.mean(dim=1) for part in parts], dim=1).flatten(0, 1)
+    shown = torch.ones(k.shape[0], dtype=torch.bool, device=k.device) if hidden is None else ~hidden
+    logits = (means @ k.T * scale).masked_fill(~shown, _HIDDEN)
+    if groups is None:
+        apart = logits.softmax(dim=1)
+    else:
+        size = groups.member[shown].bincount(minlength=groups.k.shape[0])
+        of_groups = tail_logits(means, groups, size, scale, geometry.limit)
+        total = of_groups.logsumexp(dim=1, keepdim=True)
+        share = (of_groups - size.to(q.dtype).log() - total).exp()
+        apart = ((logits - total).exp() - share[:, groups.member]).abs()
+    score = apart.mean(dim=0).masked_fill(~shown, 0.0).unflatten(0, (-1, geometry.run)).sum(dim=1)
+    return score / shown.unflatten(0, (-1, geometry.run)).sum(dim=1).clamp(min=1)
 
 
-def token_order(scores: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Positions by falling score, equal scores by position; hidden positions are left out.
+def run_order(scores: Tensor, run: int, hidden: Tensor | None = None) -> Tensor:
+    """The keys of runs by falling score, equal scores by position; a run without a visible key is left out.
+
+    A hidden key of a run that is listed takes a place in its bundle and no part in anything else.
 
     Args:
-        scores: (N,).
+        scores: (N / run,).
+        run: keys of a run.
         hidden: bool (N,), or None.
 
     Returns:
-        int64, (N,) less the hidden positions.
+        int64, positions of keys, `run` for each run that is left.
     """
     order = scores.argsort(descending=True, stable=True)
-    return order if hidden is None else order[~hidden[order]]
+    if hidden is not None:
+        order = order[~hidden.unflatten(0, (-1, run)).all(dim=1)[order]]
+    return (order[:, None] * run + torch.arange(run, device=order.device)).flatten()
 
 
 def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
@@ -228,11 +242,11 @@ def sparse_attention(
                 hidden = ~allowed[prefix]
                 orders: list[Tensor] = []
                 for members in [slice(0, group)] if share_order else [slice(i, i + 1) for i in range(group)]:
-                    scores = token_scores(
-                        q[b, of_group, rows][members], k[b, head, prefix], scale,
-                        geometry.sub_means, geometry.smoothing, hidden,
+                    scores = run_scores(
+                        q[b, of_group, rows][members], k[b, head, prefix], scale, geometry,
+                        _within(groups, prefix, geometry), hidden,
                     )  # fmt: skip
-                    orders += [token_order(scores, hidden)] * (members.stop - members.start)
+                    orders += [run_order(scores, geometry.run, hidden)] * (members.stop - members.start)
                 for i, order in enumerate(orders):
                     h = head * group + i
                     budget = budgets[h % len(budgets)]
@@ -248,12 +262,15 @@ def sparse_attention(
     return Sparse(output, lse, bundles, tail, pairs, visible)
 
 
-def chosen_keys(q: Tensor, k: Tensor, *, budget: float, geometry: Geometry, scale: float | None = None) -> Tensor:
+def chosen_keys(
+    q: Tensor, k: Tensor, v: Tensor, *, budget: float, geometry: Geometry, scale: float | None = None
+) -> Tensor:
     """Which keys every tile of one causal head reads, for pictures: bool (tiles, Sk).
 
     Args:
         q: (Sq, D).
         k: (Sk, D), Sq <= Sk.
+        v: (Sk, Dv).
         budget: threshold of the rule "tail".
         geometry: sizes.
         scale: defaults to D ** -0.5.
@@ -261,16 +278,26 @@ def chosen_keys(q: Tensor, k: Tensor, *, budget: float, geometry: Geometry, scal
     queries, length = q.shape[0], k.shape[0]
     scale = q.shape[1] ** -0.5 if scale is None else scale
     allowed = torch.ones(length, dtype=torch.bool, device=q.device)
+    groups = tail_groups(k, v, None, geometry) if geometry.clusters else None
     chosen = []
     for start, end in tiles_of(queries, length, geometry.tile):
         rows = q[start - (length - queries) : end - (length - queries)]
         sees = _visible(start, end, length, True, None, allowed)
         prefix = slice(*_prefix(start, end, length, True, None, geometry))
-        scores = token_scores(rows[None], k[prefix], scale, geometry.sub_means, geometry.smoothing, None)
-        order = token_order(scores)
+        scores = run_scores(rows[None], k[prefix], scale, geometry, _within(groups, prefix, geometry), None)
+        order = run_order(scores, geometry.run)
         _, _, read = _choose(rows, k, sees, prefix, order, scale, "tail", budget, 1.0, geometry)
         chosen.append(read & sees.any(dim=0))
     return torch.stack(chosen)
+
+
+def _within(groups: Groups | None, prefix: slice, geometry: Geometry) -> Groups | None:
+    """The groups of a prefix, which is whole blocks, numbered from 0."""
+    if groups is None:
+        return None
+    first, end = (at // geometry.block * geometry.clusters for at in (prefix.start, prefix.stop))
+    members = groups.member[prefix] - first
+    return Groups(members, groups.k[first:end], groups.variance[first:end], groups.v[first:end])
 
 
 def _visible(start: int, end: int, length: int, causal: bool, window: int | None, allowed: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from s2o_inductor.sparse_policy import Geometry
 from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
 
 # Small enough that short inputs have many tiles, bundles and blocks.
-SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, smoothing=3, block=8, clusters=2, horizon=4)
+SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, run=4, block=8, clusters=2, horizon=4)
 NAN = float("nan")
 both = pytest.mark.parametrize("kind", ["native", "torch"])  # the compiled kernel, and the torch code
 
