@@ -10,7 +10,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-from sparse_baselines import METHODS, Method, by_tokens, represented, smooth, true_mass
+import torch.nn.functional as F
+from sparse_baselines import METHODS, Method, built_score, by_tokens, represented, smooth, true_mass
 from sparse_quality import ROWS, PseudoKeys, Tile, built, k_means, make_tile
 from torch import Tensor
 
@@ -20,12 +21,15 @@ KNOBS = (0.97, 0.94, 0.9, 0.85, 0.78, 0.7, 0.6, 0.5, 0.4)
 _HORIZON = Geometry().horizon
 
 
-def _row(score: Callable[[Tile], Tensor], scoring: float, **options: object) -> Method:
+Score = Callable[[Tile], Tensor]
+
+
+def _row(score: Score, scoring: float, **options: object) -> Method:
     select = functools.partial(by_tokens, score=score, rule="tail", horizon=_HORIZON)
     return Method(select, KNOBS, built, scoring=scoring, **options)  # type: ignore[arg-type]
 
 
-def _means(count: int, **options: object) -> Callable[[Tile], Tensor]:
+def _means(count: int, **options: object) -> Score:
     return functools.partial(represented, count=count, **options)
 
 
@@ -38,10 +42,9 @@ def merged(tile: Tile, count: int) -> Tensor:
     return smooth((rows @ tile.k.T).softmax(dim=1).mean(dim=0, keepdim=True), 9)
 
 
-def every(tile: Tile, count: int, stride: int, pooled: bool) -> Tensor:
-    """(1, N), as `represented`, from one key in `stride` or their mean, which its neighbours share."""
-    keys = tile.k.unflatten(0, (-1, stride))
-    keys = keys.mean(dim=1) if pooled else keys[:, stride // 2]
+def every(tile: Tile, count: int, stride: int) -> Tensor:
+    """(1, N), as `represented`, from one key in `stride`, whose neighbours share its score."""
+    keys = tile.k[stride // 2 :: stride]
     rows = tile.order_q.unflatten(1, (count, -1)).mean(dim=2)
     scores = (rows @ keys.T).softmax(dim=2).mean(dim=(0, 1))
     return smooth(scores.repeat_interleave(stride)[None], 9)
@@ -93,31 +96,69 @@ def shortlisted(tile: Tile, groups_by: int, count: int, share: float) -> Tensor:
     return smooth(fine[None], 9)
 
 
-def difference(
-    tile: Tile, count: int, smoothing: int = 9, stride: int = 1, merge: bool = False, inside: bool = False,
-    peak: float = 0.0,
-) -> Tensor:  # fmt: skip
+# ---------------------------------------------------------------- what the tail gets wrong
+
+
+def apart(tile: Tile, count: int, stride: int = 1, merge: bool = False) -> Tensor:
     """(1, N): how far a token's share is from that of its group, which stands in for it when it is not read.
 
     Args:
         tile: the tile.
         count: sub-means.
-        smoothing: neighbours in a moving average, odd.
         stride: one key in so many is scored and its neighbours share its score.
         merge: the mean queries of all heads are averaged before they score.
-        peak: so much of a token's own score counts at least, whatever its neighbours'.
-        inside: the absolute value is of the mean over sub-means and heads, not the other way round.
     """
     groups = built(tile)
     rows, total, shares = _group_shares(tile, count, groups, merge)
     scored = slice(stride // 2, None, stride)
-    apart = (rows @ tile.k[scored].T - total).exp() - shares[:, :, groups.group[scored]]
-    score = apart.mean(dim=(0, 1)).abs() if inside else apart.abs().mean(dim=(0, 1))
-    score = score.repeat_interleave(stride)[None]
-    return torch.maximum(smooth(score, smoothing), peak * score)
+    distance = (rows @ tile.k[scored].T - total).exp() - shares[:, :, groups.group[scored]]
+    return distance.abs().mean(dim=(0, 1)).repeat_interleave(stride)[None]
 
+
+def _apart(count: int, **options: object) -> Score:
+    return functools.partial(apart, count=count, **options)
+
+
+def averaged(tile: Tile, score: Score, neighbours: int = 9, peak: float = 0.0) -> Tensor:
+    """(1, N): a moving average of a score; so much of a token's own score counts at least, whatever its neighbours'."""
+    raw = score(tile)
+    return torch.maximum(smooth(raw, neighbours), peak * raw)
+
+
+def in_runs(tile: Tile, score: Score, run: int = 8, how: str = "mean", beside: float = 0.0) -> Tensor:
+    """(1, N): one score for a run of neighbouring keys, which are then read together.
+
+    Args:
+        tile: the tile.
+        score: of single keys.
+        run: keys of a run.
+        how: "mean", "max" or "rms" over the run.
+        beside: so much of the scores of the runs before and after is added.
+    """
+    runs = score(tile).unflatten(1, (-1, run))
+    if how == "max":
+        one = runs.amax(dim=2)
+    else:
+        one = runs.mean(dim=2) if how == "mean" else runs.square().mean(dim=2).sqrt()
+    if beside:
+        wide = F.pad(one, (1, 1))
+        one = one + beside * (wide[:, :-2] + wide[:, 2:])
+    return one.repeat_interleave(run, dim=1)
+
+
+def _averaged(score: Score, **options: object) -> Score:
+    return functools.partial(averaged, score=score, **options)
+
+
+def _in_runs(score: Score, **options: object) -> Score:
+    return functools.partial(in_runs, score=score, **options)
+
+
+# ---------------------------------------------------------------- experiments
 
 _TWO, _FOUR = functools.partial(make_tile, shared=2), functools.partial(make_tile, shared=4)
+_FORMER = _row(_means(8), 8)  # the score of the first kernels
+_BUILT = _row(built_score, 2 * 33 / 32)
 
 
 def _ranking() -> dict[str, Method]:
@@ -127,61 +168,75 @@ def _ranking() -> dict[str, Method]:
     for n, tile, size in ((4, _TWO, 256), (1, _TWO, 256), (8, _FOUR, 512), (4, _FOUR, 512), (1, _FOUR, 512)):
         rows[f"order for {size} rows, {n} sub-means"] = _row(_means(n), n * 128 / size, tile=tile)
     for stride in (2, 4):
-        rows[f"8 sub-means, one key in {stride}"] = _row(
-            functools.partial(every, count=8, stride=stride, pooled=False), 8 / stride
-        )
+        rows[f"8 sub-means, one key in {stride}"] = _row(functools.partial(every, count=8, stride=stride), 8 / stride)
     for share in (0.3, 0.12):
         rows[f"1 sub-mean, then 8 on the best {share:.0%}"] = _row(
             functools.partial(two_stages, first=1, then=8, share=share), 1 + 8 * share
         )
-    rows["groups alone, 8 sub-means"] = _row(functools.partial(by_group, count=8), 8 / 32)
-    rows["groups alone, 32 sub-means"] = _row(functools.partial(by_group, count=32), 1)
+    for n in (8, 32):
+        rows[f"groups alone, {n} sub-means"] = _row(functools.partial(by_group, count=n), n / 32)
     rows["2 sub-means, mass from groups"] = _row(functools.partial(group_normalised, count=2), 2 * 33 / 32)
     rows["groups by 8, 2 sub-means on the best 40 %"] = _row(
-        functools.partial(shortlisted, groups_by=8, count=2, share=0.4), 1.1
+        functools.partial(shortlisted, groups_by=8, count=2, share=0.4), 8 / 32 + 2 * 0.4
     )
-    for n, smoothing in ((8, 9), (4, 9), (2, 9), (1, 9), (1, 5), (1, 17)):
-        rows[f"difference to the group, {n} sub-means, over {smoothing}"] = _row(
-            functools.partial(difference, count=n, smoothing=smoothing), n * 33 / 32
-        )
+    for n in (8, 4, 2, 1):
+        rows[f"difference, {n} sub-means"] = _row(_averaged(_apart(n)), n * 33 / 32)
     for n, tile, size in ((2, _TWO, 256), (1, _TWO, 256), (4, _FOUR, 512), (2, _FOUR, 512), (1, _FOUR, 512)):
-        rows[f"difference to the group, order for {size} rows, {n} sub-means"] = _row(
-            functools.partial(difference, count=n), n * 33 / 32 * 128 / size, tile=tile
+        rows[f"difference, order for {size} rows, {n} sub-means"] = _row(
+            _averaged(_apart(n)), n * 33 / 32 * 128 / size, tile=tile
         )
-    for n in (2, 4):
-        rows[f"difference to the group, {n} sub-means, one key in 2"] = _row(
-            functools.partial(difference, count=n, stride=2), n * 17 / 32
-        )
-    rows["difference to the group, 2 sub-means of all heads together"] = _row(
-        functools.partial(difference, count=2, merge=True), 2 * 33 / 32 / 4
-    )
-    rows["difference to the group, absolute value of the mean, 2 sub-means"] = _row(
-        functools.partial(difference, count=2, inside=True), 2 * 33 / 32
-    )
+    for n in (4, 2):
+        rows[f"difference, {n} sub-means, one key in 2"] = _row(_averaged(_apart(n, stride=2)), n * 17 / 32)
+    rows["difference, 2 sub-means of all heads together"] = _row(_averaged(_apart(2, merge=True)), 2 * 33 / 32 / 4)
     return rows
 
 
-# ---------------------------------------------------------------- bins instead of a sort
+def _peaks() -> dict[str, Method]:
+    rows = {"8 sub-means": _FORMER, "8 sub-means, peaks": _row(_averaged(_means(8, smoothing=1), peak=1.0), 8)}
+    for n in (8, 4, 2):
+        for peak in (0.0, 0.5, 1.0):
+            rows[f"difference, {n} sub-means, peak {peak:g}"] = _row(_averaged(_apart(n), peak=peak), n * 33 / 32)
+    for n in (8, 4):
+        rows[f"difference, {n} sub-means, not averaged"] = _row(_apart(n), n * 33 / 32)
+        rows[f"difference, {n} sub-means of all heads together"] = _row(
+            _averaged(_apart(n, merge=True)), n * 33 / 32 / 4
+        )
+    rows["token oracle"] = _row(true_mass, 0, oracle=True)
+    return rows
 
 
-def binned(tile: Tile, score: Callable[[Tile], Tensor], bits: int) -> Tensor:
+def _runs() -> dict[str, Method]:
+    rows = {"8 sub-means": _FORMER, "as built": _BUILT}
+    for n in (2, 4):
+        for how in ("mean", "rms", "max"):
+            rows[f"runs of 8, {how}, {n} sub-means"] = _row(_in_runs(_apart(n), how=how), n * 33 / 32)
+    for how in ("mean", "max"):
+        for n in (2, 4):
+            rows[f"runs of 8, {how}, half of those beside, {n} sub-means"] = _row(
+                _in_runs(_apart(n), how=how, beside=0.5), n * 33 / 32
+            )
+    for how in ("rms", "max"):
+        rows[f"runs of 4, {how}, 2 sub-means"] = _row(_in_runs(_apart(2), run=4, how=how), 2 * 33 / 32)
+    for how in ("mean", "rms"):
+        rows[f"runs of 8, {how}, 8 sub-means of all heads together"] = _row(
+            _in_runs(_apart(8, merge=True), how=how), 2 * 33 / 32
+        )
+    rows["peaks, 2 sub-means"] = _row(_averaged(_apart(2), peak=1.0), 2 * 33 / 32)
+    return rows
+
+
+def binned(tile: Tile, score: Score, bits: int) -> Tensor:
     """Scores cut to their exponent and so many bits of their mantissa, as a counting sort has them; -1 halves the
     exponent's resolution too. Equal scores are read by position."""
-    raw = score(tile).float().clamp(min=2.0**-31).view(torch.int32)
-    return (raw >> (23 - bits)).float()
+    return (score(tile).float().clamp(min=2.0**-31).view(torch.int32) >> (23 - bits)).float()
 
 
 def _bins() -> dict[str, Method]:
-    rows = {"sorted": _row(_means(8), 8)}
-    for bits, name in ((3, "eight bins to a factor of two"), (1, "two"), (0, "one"), (-1, "one to a factor of four")):
-        rows[name] = _row(functools.partial(binned, score=_means(8), bits=bits), 8)
-    finer = functools.partial(difference, count=2)
-    rows["difference to the group, sorted"] = _row(finer, 2)
-    rows["difference to the group, eight bins"] = _row(functools.partial(binned, score=finer, bits=3), 2)
+    rows = {"as built": _BUILT}
+    for bits, name in ((3, "eight bins to a factor of 2"), (1, "two"), (0, "one"), (-1, "one to a factor of 4")):
+        rows[name] = _row(functools.partial(binned, score=built_score, bits=bits), 2 * 33 / 32)
     return rows
 
-
-# ---------------------------------------------------------------- permuted queries
 
 _SEGMENT = 8  # tiles inside which queries may move
 
@@ -214,31 +269,34 @@ def permuted(q: Tensor, k: Tensor, v: Tensor, start: int, guide: str) -> Tile:
 
 
 def _permutation() -> dict[str, Method]:
-    rows = {"as built": _row(_means(8), 8)}
+    rows = {"as built": _BUILT}
     for guide in ("position", "k-means", "key", "norm"):
-        rows[f"dense from 1,024 rows, by {guide}"] = _row(_means(8), 8, tile=functools.partial(permuted, guide=guide))
+        rows[f"dense from 1,024 rows on, by {guide}"] = _row(
+            built_score, 2 * 33 / 32, tile=functools.partial(permuted, guide=guide)
+        )
     return rows
 
 
-# ---------------------------------------------------------------- slash heads
-
-
 def _slash() -> dict[str, Method]:
-    rows = {f"{n} sub-means": _row(_means(n), n) for n in (8, 1, 32, 128)}
-    rows["difference to the group, 2 sub-means"] = _row(functools.partial(difference, count=2), 2)
+    rows = {"as built": _BUILT, "single keys averaged over 9, 8 sub-means": _FORMER}
+    for n in (4, 8, 32):
+        rows[f"{n} sub-means"] = _row(_in_runs(_apart(n)), n * 33 / 32)
+    rows["max, half of the runs beside"] = _row(_in_runs(_apart(2), how="max", beside=0.5), 2 * 33 / 32)
     for size in (64, 32):
-        rows[f"tiles of {size} rows, 8 sub-means"] = _row(
-            _means(8), 8 * 128 / size, tile=functools.partial(make_tile, rows=size)
+        rows[f"tiles of {size} rows"] = _row(
+            built_score, 2 * 33 / 32 * 128 / size, tile=functools.partial(make_tile, rows=size)
         )
     for name in ("block mean", "XAttention", "block oracle"):
         base = METHODS[name]
         rows[f"{name}, groups as tail"] = Method(base.select, base.knobs, built, base.scoring, oracle=base.oracle)
-    rows["token oracle, groups as tail"] = _row(true_mass, 0, oracle=True)
+    rows["token oracle"] = _row(true_mass, 0, oracle=True)
     return rows
 
 
 EXPERIMENTS: dict[str, dict[str, Method]] = {
     "ranking": _ranking(),
+    "peaks": _peaks(),
+    "runs": _runs(),
     "bins": _bins(),
     "permutation": _permutation(),
     "slash": _slash(),
