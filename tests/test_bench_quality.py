@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # scripts that import each other, as when they are run
 
 import bench
-from sparse_baselines import METHODS, by_tokens, pbs, represented, true_mass
+from sparse_baselines import METHODS, built_score, by_tokens, pbs, represented, true_mass
 from sparse_quality import Curve, Selection, Tile, built, clusters, evaluate, make_tile, runs
 from synthetic_heads import KINDS, synthetic_head
 
@@ -85,7 +85,7 @@ def test_ours_is_the_reference_attention(kind: str, budget: float, blocks: int, 
         q[None, :, start:end], k[None, None, :end], v[None, None, :end], budgets=(budget,), geometry=geometry
     )
     tile = make_tile(q, k, v, start, sink)
-    chosen = by_tokens(tile, [budget], score=represented, rule="tail", bundle=128, horizon=geometry.horizon)
+    chosen = by_tokens(tile, [budget], score=built_score, rule="tail", bundle=128, horizon=geometry.horizon)
     assert torch.equal(chosen.taken[:, 0], reference.bundles[0, :, 0])
     error = (reference.output[0] - tile.exact).square().sum(dim=(1, 2)) / tile.exact.square().sum(dim=(1, 2))
     measured = evaluate(tile, chosen, built(tile))[:, 0]
