@@ -1,5 +1,6 @@
-"""Benchmarks of s2o's sparse attention: `python examples/bench.py quality --help`. None needs a GPU.
+"""Benchmarks of s2o's sparse attention: `python examples/bench.py quality --help`.
 
+attention   time by stage beside torch's dense kernels, on a GPU with Triton; the others need none
 quality     error against density of our selection and of published ones, on real or synthetic heads
 model       loss and key recall of a language model against density, for the same selections
 """
@@ -225,6 +226,13 @@ def model(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(document, indent=1))
 
 
+def attention(args: argparse.Namespace) -> None:
+    """Times of the CUDA kernels, whose module imports Triton."""
+    import sparse_timing
+
+    sparse_timing.run(args)
+
+
 def _method(text: str) -> tuple[str, tuple[float, ...]]:
     name, _, knobs = text.partition("=")
     if name not in model_quality.METHODS:
@@ -253,6 +261,13 @@ def _mean(numbers: Sequence[float]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("attention", help="time on a GPU by length and density")
+    add.set_defaults(run=attention)
+    lengths = [1024, 4096, 16384, 32768, 65536, 131072, 262144]
+    add.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens")
+    add.add_argument("--sweep", action="store_true", help="ways to run the kernels, at density 0.1")
+    add.add_argument("--profile", action="store_true", help="time on the device by kernel, at density 0.1")
+    add.add_argument("--json", type=Path, help="write the rows here as well")
     add = commands.add_parser("quality", help="error against density of sparse selections")
     add.set_defaults(run=quality)
     add.add_argument("--heads", type=Path, nargs="+", help="files with q (1, Hq, S, D) and k, v (1, Hkv, S, D)")
