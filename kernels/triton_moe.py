@@ -1,0 +1,295 @@
+"""Routed experts in Triton, forward: two grouped products around an activation, and a weighted sum per token.
+
+    first    rows of z gathered by token, times W1; bias, activation and, where the formula says so, routing weight
+    second   hidden rows times W2, each row of the result written to the place of its choice
+    combine  a token's K rows, summed in the order of k
+
+Programs take tiles of rows of one expert (see `kernels/triton_moe_plan.py`), so that each computes with
+the weights of one expert alone. With few rows an expert the products do nothing but stream weights: tiles of
+16 rows, and as many programs as it takes to keep all multiprocessors reading.
+"""
+
+# Device code has no types that mypy knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.triton_moe_plan import Plan
+from s2o_inductor.kernels.triton_moe_tiles import (
+    ALTERNATING,
+    BLOCKS,
+    Tile,
+    Weights,
+    formula,
+    gated_hidden,
+    load_bias,
+    load_rows,
+    load_weights,
+    place_of,
+    plain_hidden,
+    rows_in_tiles,
+    scaled,
+)
+from s2o_inductor.moe_spec import ExpertSpec
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _first_kernel(
+    z_ptr, z_steps, order_ptr, tiles_ptr, gate_w, gate_steps, up_w, up_steps, b1_ptr, b1_steps, p_ptr, pre_ptr,
+    h_ptr, h_steps, bound, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, GATE_LAYOUT: tl.constexpr, UP_LAYOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
+    KEEP: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BM rows of an expert by BN hidden columns: of h if HIDDEN, of the first product in `pre_ptr` if KEEP."""
+    blocks = tl.cdiv(INNER, BN)
+    tile, block, _ = place_of(tl.program_id(0), blocks, 1, bound, GROUP)
+    entry = tiles_ptr + tile * 4
+    expert = tl.load(entry)
+    if expert >= 0:
+        row = tl.load(entry + 1) + tl.arange(0, BM)
+        inside = row < tl.load(entry + 2)
+        # Rows beyond the expert's compute something that nobody keeps.
+        pair = tl.load(order_ptr + row, mask=inside, other=0).to(tl.int32)
+        rows = z_ptr + (pair // CHOICES).to(tl.int64) * z_steps[0]
+        if SCORE != "output":
+            weight = tl.load(p_ptr + pair).to(tl.float32)
+        column = block * BN
+        COLUMNS: tl.constexpr = 2 * BN if GATE == ALTERNATING else BN
+        OUT: tl.constexpr = 2 * INNER if GATE == ALTERNATING else INNER
+        acc = tl.zeros((BM, COLUMNS), tl.float32)
+        acc_up = tl.zeros((BM, BN), tl.float32)
+        first = column * 2 if GATE == ALTERNATING else column
+        for depth in tl.range(0, WIDTH, BK):
+            x = load_rows(rows, depth, inside, False, WIDTH, BK)
+            if SCORE == "input":
+                x = scaled(x, weight)
+            w = load_weights(gate_w, gate_steps, expert, first, depth, GATE_LAYOUT, OUT, WIDTH, COLUMNS, BK)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            if GATE == BLOCKS:
+                w = load_weights(up_w, up_steps, expert, column, depth, UP_LAYOUT, INNER, WIDTH, BN, BK)
+                acc_up = tl.dot(x, w, acc_up, input_precision="ieee")
+
+        index = column + tl.arange(0, BN)
+        wide = first + tl.arange(0, COLUMNS)
+        if BIAS:
+            bias = load_bias(b1_ptr, b1_steps, expert, GATE_AT + wide, GATE_AT + OUT)
+            acc += bias[None, :]
+            if GATE == BLOCKS:
+                acc_up += load_bias(b1_ptr, b1_steps, expert, UP_AT + index, UP_AT + INNER)[None, :]
+        if KEEP:
+            HALVES: tl.constexpr = 1 if GATE == 0 else 2
+            place = pre_ptr + row.to(tl.int64)[:, None] * (HALVES * INNER)
+            kind = pre_ptr.dtype.element_ty
+            keep = inside[:, None] & (wide < OUT)[None, :]
+            tl.store(place + (GATE_AT + wide)[None, :], acc.to(kind), mask=keep)
+            if GATE == BLOCKS:
+                keep = inside[:, None] & (index < INNER)[None, :]
+                tl.store(place + (UP_AT + index)[None, :], acc_up.to(kind), mask=keep)
+        if HIDDEN:
+            numbers = (tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), tl.cast(shift, tl.float32))
+            if GATE == BLOCKS:
+                h = gated_hidden(acc, acc_up, numbers, ACTIVATION, LIMITED)
+            elif GATE == ALTERNATING:
+                gate, up = tl.split(acc.reshape(BM, BN, 2))
+                h = gated_hidden(gate, up, numbers, ACTIVATION, LIMITED)
+            else:
+                h = plain_hidden(acc, numbers, ACTIVATION, LIMITED)
+            if SCORE == "hidden":
+                h = h * weight[:, None]
+            place = h_ptr + row.to(tl.int64)[:, None] * h_steps[0] + index[None, :]
+            tl.store(place, h.to(h_ptr.dtype.element_ty), mask=inside[:, None] & (index < INNER)[None, :])
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _second_kernel(
+    a_tiles, w, w_steps, a2_tiles, w2, w2_steps, order_ptr, tiles_ptr, bias_ptr, bias_steps, x_ptr, x_steps, p_ptr,
+    share_ptr, y_ptr, bound, pairs, CHOICES: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr,
+    LAYOUT: tl.constexpr, LAYOUT2: tl.constexpr, BIAS: tl.constexpr, TWO: tl.constexpr, SCORED: tl.constexpr,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y[choice] = a[row] W^T (+ a2[row] W2^T) for BM rows of an expert by BN columns, or one part of SPLITS of it.
+
+    SCORED is the backward pass of weights on the input: the rows of y, gradients of weighted rows x, leave
+    multiplied with their weight, and what they have in common with x goes to `share_ptr` (T * K, blocks).
+    """
+    blocks = tl.cdiv(OUT, BN)
+    tile, block, split = place_of(tl.program_id(0), blocks, SPLITS, bound, GROUP)
+    entry = tiles_ptr + tile * 4
+    expert = tl.load(entry)
+    if expert >= 0:
+        first = tl.load(entry + 1)
+        row = first + tl.arange(0, BM)
+        inside = row < tl.load(entry + 2)
+        column = block * BN
+        EACH: tl.constexpr = (DEPTH + BK * SPLITS - 1) // (BK * SPLITS) * BK
+        acc = tl.zeros((BM, BN), tl.float32)
+        for depth in tl.range(split * EACH, tl.minimum(split * EACH + EACH, DEPTH), BK):
+            weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
+            acc = tl.dot(a_tiles.load([first, depth]), weights, acc, input_precision="ieee")
+        if TWO:
+            for depth in tl.range(0, DEPTH, BK):
+                weights = load_weights(w2, w2_steps, expert, column, depth, LAYOUT2, OUT, DEPTH, BN, BK)
+                acc = tl.dot(a2_tiles.load([first, depth]), weights, acc, input_precision="ieee")
+
+        index = column + tl.arange(0, BN)
+        pair = tl.load(order_ptr + row, mask=inside, other=0).to(tl.int32)
+        keep = inside[:, None] & (index < OUT)[None, :]
+        if BIAS:
+            bias = load_bias(bias_ptr, bias_steps, expert, index, OUT)
+            acc += tl.where(split == 0, bias, 0.0)[None, :]
+        if SCORED:
+            x = x_ptr + (pair // CHOICES).to(tl.int64)[:, None] * x_steps[0] + index[None, :]
+            share = tl.sum(acc * tl.load(x, mask=keep, other=0.0).to(tl.float32), 1)
+            tl.store(share_ptr + pair.to(tl.int64) * blocks + block, share, mask=inside)
+            acc = acc * tl.load(p_ptr + pair).to(tl.float32)[:, None]
+        place = y_ptr + (split.to(tl.int64) * pairs + pair)[:, None] * OUT + index[None, :]
+        tl.store(place, acc.to(y_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _combine_kernel(
+    y_ptr, keys_ptr, p_ptr, out_ptr, pairs, CHOICES: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    WEIGHTED: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BN columns of the sum of one token's rows of y (SPLITS, T * K, WIDTH), BM choices at a time."""
+    blocks = tl.cdiv(WIDTH, BN)
+    token = tl.program_id(0) // blocks
+    index = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for start in tl.static_range(0, CHOICES, BM):
+        choice = start + tl.arange(0, BM)
+        pair = token.to(tl.int64) * CHOICES + choice
+        there = choice < CHOICES
+        # Nobody wrote the row of a choice without an expert.
+        there = there & (tl.load(keys_ptr + pair, mask=there, other=EXPERTS) < EXPERTS)
+        mask = there[:, None] & (index < WIDTH)[None, :]
+        rows = tl.zeros((BM, BN), tl.float32)
+        for split in tl.static_range(SPLITS):
+            place = y_ptr + (pair + split * pairs.to(tl.int64))[:, None] * WIDTH + index[None, :]
+            rows += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            rows = rows * tl.load(p_ptr + pair, mask=there, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(rows, 0)
+    place = out_ptr + token.to(tl.int64) * WIDTH + index
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=index < WIDTH)
+
+
+# -------------------------------------------------------------------------------------------- host
+
+
+def first(
+    spec: ExpertSpec, gate: Tensor, up: Tensor | None, b1: Tensor | None, z: Tensor, plan: Plan, p: Tensor,
+    pre: Tensor | None, h: Tensor | None, configs: Sequence[Tile],
+) -> None:  # fmt: skip
+    """Fills h (T * K, I), and the first product `pre` (T * K, halves * I), row by row of the plan, each where wanted.
+
+    Args:
+        spec: the formula of an expert.
+        gate: (E, I, l), or (E, 2 * I, l) with gate "interleaved", any strides.
+        up: (E, I, l) where gate and up are blocks of columns, or tensors.
+        b1: (E, halves * I), laid out as `pre` is: "separate" as "half".
+        z: (T, l), rows of unit stride.
+        plan: of the call.
+        p: (T * K), contiguous.
+        pre: contiguous.
+        h: rows of unit stride.
+        configs: ways to run the kernel, fastest first.
+    """
+    wide = 2 if spec.gate == "interleaved" else 1
+    inner = gate.shape[1] // wide
+    swapped = spec.gate == "half_swapped"
+
+    def arguments(config: Config) -> dict[str, Any]:
+        assert isinstance(config, Tile)
+        of_gate = Weights.of(gate, config.keys * wide, config.depth)
+        of_up = of_gate if up is None else Weights.of(up, config.keys, config.depth)
+        return {
+            "z_ptr": z, "z_steps": z.stride()[:1], "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows),
+            "gate_w": of_gate.source, "gate_steps": of_gate.steps, "GATE_LAYOUT": of_gate.layout,
+            "up_w": of_up.source, "up_steps": of_up.steps, "UP_LAYOUT": of_up.layout,
+            "b1_ptr": b1, "b1_steps": (0, 0) if b1 is None else b1.stride(), "p_ptr": p,
+            "pre_ptr": pre, "h_ptr": h, "h_steps": (0,) if h is None else h.stride()[:1],
+            "bound": plan.bound(config.rows), "CHOICES": plan.choices, "WIDTH": z.shape[1], "INNER": inner,
+            "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner, "SCORE": spec.score,
+            "BIAS": b1 is not None, "KEEP": pre is not None, "HIDDEN": h is not None, "GROUP": config.group,
+            "BK": config.depth, **formula(spec),
+        }  # fmt: skip
+
+    launch(_first_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(inner, c.keys), arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What `second` needs to pass gradients through weights on the input.
+
+    Attributes:
+        x: (T, l), the input before it was weighted, rows of unit stride.
+        p: (T * K), contiguous.
+        share: float32 (T * K, blocks of columns): x times its gradient, summed over each block.
+    """
+
+    x: Tensor
+    p: Tensor
+    share: Tensor
+
+
+def second(
+    a: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, plan: Plan, y: Tensor, configs: Sequence[Tile],
+    scored: Scored | None = None,
+) -> None:  # fmt: skip
+    """Fills y (parts, T * K, out), by choice: rows a, in the order of the plan, times their experts' weights w.
+
+    Args:
+        a: one or two of (T * K, in), made by `rows_like` or a part of one, whose products are added up.
+        w: as many of (E, out, in), any strides.
+        bias: (E, out).
+        plan: of the call.
+        y: contiguous; with several parts each holds the product over a part of `in`.
+        configs: ways to run the kernel, fastest first.
+        scored: see there; all configs have as many columns as its blocks then.
+    """
+    parts, pairs, out = y.shape
+
+    def arguments(config: Config) -> dict[str, Any]:
+        assert isinstance(config, Tile)
+        weights = [Weights.of(x, config.keys, config.depth) for x in w]
+        rows = [rows_in_tiles(x, config.rows, config.depth) for x in a]
+        return {
+            "a_tiles": rows[0], "w": weights[0].source, "w_steps": weights[0].steps, "LAYOUT": weights[0].layout,
+            "a2_tiles": rows[-1], "w2": weights[-1].source, "w2_steps": weights[-1].steps,
+            "LAYOUT2": weights[-1].layout, "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows),
+            "bias_ptr": bias, "bias_steps": (0, 0) if bias is None else bias.stride(),
+            "x_ptr": scored and scored.x, "x_steps": scored.x.stride()[:1] if scored else (0,),
+            "p_ptr": scored and scored.p, "share_ptr": scored and scored.share, "y_ptr": y, "pairs": pairs,
+            "bound": plan.bound(config.rows), "CHOICES": plan.choices, "DEPTH": w[0].shape[2], "OUT": out,
+            "BIAS": bias is not None, "TWO": len(w) == 2, "SCORED": scored is not None, "SPLITS": parts,
+            "GROUP": config.group, "BK": config.depth,
+        }  # fmt: skip
+
+    launch(_second_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(out, c.keys) * parts, arguments)
+
+
+def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:
+    """Fills out (T, l), contiguous, with the sum over parts and choices of y (parts, T * K, l), weighted by p if given.
+
+    The sum is made in float32, in an order that depends on nothing but K, and rounded once.
+    """
+    parts, pairs, width = y.shape
+    config = Config(min(8, triton.next_power_of_2(plan.choices)), min(512, triton.next_power_of_2(width)), 4, 1)
+    launch(
+        _combine_kernel, [config], lambda c: out.shape[0] * triton.cdiv(width, c.keys),
+        lambda _: {
+            "y_ptr": y, "keys_ptr": plan.keys, "p_ptr": p, "out_ptr": out, "pairs": pairs, "CHOICES": plan.choices,
+            "EXPERTS": plan.experts, "WIDTH": width, "WEIGHTED": p is not None, "SPLITS": parts,
+        },
+    )  # fmt: skip
