@@ -128,7 +128,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_(), kept
     with torch.cuda.device_of(z):
-        facts = _facts(experts, z, ids)
+        facts = facts_of(experts, z, ids)
         spec, pairs, width = experts.spec, ids.numel(), z.shape[1]
         inner = experts.w2.shape[2]
         plan = Plan.of(ids, facts.experts)
@@ -156,7 +156,7 @@ def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, 
 
 
 def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
-    facts, spec, pairs = _facts(experts, z, ids), experts.spec, ids.numel()
+    facts, spec, pairs = facts_of(experts, z, ids), experts.spec, ids.numel()
     inner, width = experts.w2.shape[2], z.shape[1]
     plan = Plan.of(ids, facts.experts)
     weights = p.reshape(-1).contiguous()
@@ -202,20 +202,25 @@ def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         triton_moe_backward.sums(rows, plan, into.b2)
 
 
+def gate_and_up(experts: Experts) -> tuple[Tensor, Tensor | None]:
+    """Weights (E, I, l) of gate and up; of both, and none, where they alternate or there is no gate."""
+    (w1, *w3), inner = experts.w1, experts.w2.shape[2]
+    if w3:
+        return w1, w3[0]
+    if experts.spec.gate == "half":
+        return w1[:, :inner], w1[:, inner:]
+    if experts.spec.gate == "half_swapped":
+        return w1[:, inner:], w1[:, :inner]
+    return w1, None
+
+
 def _first(
     experts: Experts, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
 ) -> None:
     """The first product and the hidden rows, where wanted."""
-    spec, inner = experts.spec, experts.w2.shape[2]
-    gate, up = experts.w1[0], None
-    if spec.gate == "separate":
-        up = experts.w1[1]
-    elif spec.gate in ("half", "half_swapped"):
-        gate, up = gate[:, :inner], gate[:, inner:]
-        if spec.gate == "half_swapped":
-            gate, up = up, gate
-    tiles = first_tiles(facts, inner, spec.gate != "none")
-    triton_moe.first(spec, gate, up, experts.b1, z, plan, p, pre, h, tiles)
+    gate, up = gate_and_up(experts)
+    tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
+    triton_moe.first(experts.spec, gate, up, experts.b1, z, plan, p, pre, h, tiles)
 
 
 def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, tiles: list[Tile]) -> None:
@@ -231,7 +236,8 @@ def _share(pairs: int, width: int, tile: Tile, like: Tensor) -> Tensor:
     return torch.empty((pairs, triton.cdiv(width, tile.keys)), dtype=torch.float32, device=like.device)
 
 
-def _facts(experts: Experts, z: Tensor, ids: Tensor) -> Facts:
+def facts_of(experts: Experts, z: Tensor, ids: Tensor) -> Facts:
+    """Raises NotImplementedError where no kernel takes the dtype."""
     if z.dtype not in DTYPES:
         raise NotImplementedError(
             f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
