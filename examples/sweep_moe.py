@@ -26,7 +26,6 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
     """Each kernel of a call by itself, as a function of its tile and the parts of its sum."""
     spec, pairs = call.model.spec, call.ids.numel()
     experts = Experts.of(spec, call.w1, call.w2, None, None, None)
-    gate, up = cuda_moe.gate_and_up(experts)
     plan, p = Plan.of(call.ids, call.w1.shape[0]), call.p.view(-1)
     h, pre = rows_like(call.z, pairs, call.model.inner), rows_like(call.z, pairs, experts.columns)
     rows, x, dw = Rows(pre), Rows(call.z, by_token=True), torch.empty_like(call.w1)
@@ -42,7 +41,7 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
         triton_moe_backward.hidden_backward(spec, call.z, call.w2, plan, p, pre, *where, [tile])
 
     return {
-        "first": lambda tile, parts: triton_moe.first(spec, gate, up, None, call.z, plan, p, None, h, [tile]),
+        "first": lambda tile, parts: triton_moe.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
         "second": lambda tile, parts: second(tile, parts, h, call.w2),
         "hidden": hidden,
         "dx": lambda tile, parts: second(tile, parts, pre, call.w1.mT),
@@ -66,12 +65,15 @@ def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Til
         }
     shapes = [(64, 128, 4), (64, 256, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
     tiles = [Tile(*shape, stages, 64, group) for shape in shapes for stages in (3, 4) for group in (2, 8)]
+    tiles += [Tile(128, 128, 4, 2), Tile(128, 64, 4, 3), Tile(128, 64, 4, 4), Tile(64, 64, 4, 4)]
+    if facts.height == 64:
+        tiles += [Tile(32, 128, 4, 4), Tile(32, 128, 4, 4, depth=128), Tile(32, 64, 4, 4, depth=128)]
     tiles = [tile for tile in tiles if tile.rows <= 2 * facts.height]
-    first = [t for t in tiles if t.keys <= 128] + [Tile(128, 64, 4, 4)] if gated else tiles
-    backward = [t for t in tiles if t.group == 8]
+    first = [t for t in tiles if t.keys <= 128] if gated else tiles
+    backward = [t for t in tiles if t.group == 8 and t.rows >= 64]
     deep = [Tile(128, 128, 8, 3, 32), Tile(128, 256, 8, 4, 32), Tile(256, 128, 8, 4, 32)]
     found = {"first": first, "second": tiles, "dx": backward, "dw": backward + deep}
-    found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, w, s) for w in (4, 8) for s in (3, 4)]
+    found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)]
     return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
 
 

@@ -80,9 +80,11 @@ def first_tiles(facts: Facts, inner: int, gated: bool) -> list[Tile]:
         tile = facts.narrow(inner, 128)
         return [tile, dataclasses.replace(tile, keys=min(tile.keys, 64), stages=3), Tile(16, 32, 4, 1, depth=32)]
     if facts.height == 64:
-        return [Tile(64, 128, 4, 3), Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
-    wide = [Tile(128, 128, 8, 4), Tile(128, 128, 8, 3)] if gated else [Tile(128, 256, 8, 4), Tile(128, 256, 8, 3)]
-    return [*wide, Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
+        columns = 64 if gated else 128
+        return [Tile(64, columns, 4, 4), Tile(64, columns, 4, 2), Tile(16, 32, 4, 1, depth=32)]
+    # Two programs share a multiprocessor: one computes while the other writes its tile or waits for its first.
+    columns = 64 if gated else 128
+    return [Tile(128, columns, 4, 3), Tile(128, columns, 4, 2), Tile(64, 32, 4, 2), Tile(16, 32, 4, 1, depth=32)]
 
 
 def second_tiles(facts: Facts, out: int) -> list[Tile]:
@@ -94,7 +96,7 @@ def second_tiles(facts: Facts, out: int) -> list[Tile]:
         return [tile, dataclasses.replace(tile, keys=min(tile.keys, 64), stages=3), Tile(16, 32, 4, 1, depth=32)]
     if facts.height == 64:
         return [Tile(64, 128, 4, 4), Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
-    return [Tile(128, 256, 8, 4), Tile(128, 256, 8, 3), Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
+    return [Tile(128, 128, 4, 3), Tile(128, 128, 4, 2), Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
 
 
 def hidden_tiles(facts: Facts) -> list[Tile]:
@@ -202,25 +204,12 @@ def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         triton_moe_backward.sums(rows, plan, into.b2)
 
 
-def gate_and_up(experts: Experts) -> tuple[Tensor, Tensor | None]:
-    """Weights (E, I, l) of gate and up; of both, and none, where they alternate or there is no gate."""
-    (w1, *w3), inner = experts.w1, experts.w2.shape[2]
-    if w3:
-        return w1, w3[0]
-    if experts.spec.gate == "half":
-        return w1[:, :inner], w1[:, inner:]
-    if experts.spec.gate == "half_swapped":
-        return w1[:, inner:], w1[:, :inner]
-    return w1, None
-
-
 def _first(
     experts: Experts, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
 ) -> None:
     """The first product and the hidden rows, where wanted."""
-    gate, up = gate_and_up(experts)
     tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
-    triton_moe.first(experts.spec, gate, up, experts.b1, z, plan, p, pre, h, tiles)
+    triton_moe.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
 
 
 def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, tiles: list[Tile]) -> None:

@@ -26,12 +26,16 @@ from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     ALTERNATING,
-    BLOCKS,
+    HALVES,
+    PLAIN,
+    SEPARATE,
     Tile,
     Weights,
     formula,
     gated_hidden,
+    halves,
     load_bias,
+    load_halves,
     load_rows,
     load_weights,
     place_of,
@@ -44,9 +48,9 @@ from s2o_inductor.moe_spec import ExpertSpec
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _first_kernel(
-    z_ptr, z_steps, order_ptr, tiles_ptr, gate_w, gate_steps, up_w, up_steps, b1_ptr, b1_steps, p_ptr, pre_ptr,
-    h_ptr, h_steps, bound, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
-    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, GATE_LAYOUT: tl.constexpr, UP_LAYOUT: tl.constexpr,
+    z_ptr, z_steps, order_ptr, tiles_ptr, w, w_steps, up_w, up_steps, b1_ptr, b1_steps, p_ptr, pre_ptr, h_ptr, h_steps,
+    bound, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, LAYOUT: tl.constexpr, UP_LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KEEP: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -64,50 +68,62 @@ def _first_kernel(
         if SCORE != "output":
             weight = tl.load(p_ptr + pair).to(tl.float32)
         column = block * BN
-        COLUMNS: tl.constexpr = 2 * BN if GATE == ALTERNATING else BN
-        OUT: tl.constexpr = 2 * INNER if GATE == ALTERNATING else INNER
-        acc = tl.zeros((BM, COLUMNS), tl.float32)
-        acc_up = tl.zeros((BM, BN), tl.float32)
-        first = column * 2 if GATE == ALTERNATING else column
+        # Gate and up from one tensor are one product of twice as many columns.
+        WIDE: tl.constexpr = BN if GATE == PLAIN or GATE == SEPARATE else 2 * BN  # noqa: SIM109 - for the compiler
+        acc = tl.zeros((BM, WIDE), tl.float32)
+        up = tl.zeros((BM, BN), tl.float32)
         for depth in tl.range(0, WIDTH, BK):
             x = load_rows(rows, depth, inside, False, WIDTH, BK)
             if SCORE == "input":
                 x = scaled(x, weight)
-            w = load_weights(gate_w, gate_steps, expert, first, depth, GATE_LAYOUT, OUT, WIDTH, COLUMNS, BK)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
-            if GATE == BLOCKS:
-                w = load_weights(up_w, up_steps, expert, column, depth, UP_LAYOUT, INNER, WIDTH, BN, BK)
-                acc_up = tl.dot(x, w, acc_up, input_precision="ieee")
+            if GATE == HALVES:
+                weights = load_halves(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
+            elif GATE == ALTERNATING:
+                weights = load_weights(w, w_steps, expert, 2 * column, depth, LAYOUT, 2 * INNER, WIDTH, WIDE, BK)
+            else:
+                weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
+            acc = tl.dot(x, weights, acc, input_precision="ieee")
+            if GATE == SEPARATE:
+                weights = load_weights(up_w, up_steps, expert, column, depth, UP_LAYOUT, INNER, WIDTH, BN, BK)
+                up = tl.dot(x, weights, up, input_precision="ieee")
 
         index = column + tl.arange(0, BN)
-        wide = first + tl.arange(0, COLUMNS)
-        if BIAS:
-            bias = load_bias(b1_ptr, b1_steps, expert, GATE_AT + wide, GATE_AT + OUT)
-            acc += bias[None, :]
-            if GATE == BLOCKS:
-                acc_up += load_bias(b1_ptr, b1_steps, expert, UP_AT + index, UP_AT + INNER)[None, :]
-        if KEEP:
-            HALVES: tl.constexpr = 1 if GATE == 0 else 2
-            place = pre_ptr + row.to(tl.int64)[:, None] * (HALVES * INNER)
-            kind = pre_ptr.dtype.element_ty
-            keep = inside[:, None] & (wide < OUT)[None, :]
-            tl.store(place + (GATE_AT + wide)[None, :], acc.to(kind), mask=keep)
-            if GATE == BLOCKS:
-                keep = inside[:, None] & (index < INNER)[None, :]
-                tl.store(place + (UP_AT + index)[None, :], acc_up.to(kind), mask=keep)
+        keep = inside[:, None] & (index < INNER)[None, :]
+        if GATE == ALTERNATING:
+            wide = 2 * column + tl.arange(0, WIDE)
+            if BIAS:
+                acc += load_bias(b1_ptr, b1_steps, expert, wide, 2 * INNER)[None, :]
+            if KEEP:
+                place = pre_ptr + row.to(tl.int64)[:, None] * (2 * INNER) + wide[None, :]
+                among = inside[:, None] & (wide < 2 * INNER)[None, :]
+                tl.store(place, acc.to(pre_ptr.dtype.element_ty), mask=among)
+            gate, up = tl.split(acc.reshape(BM, BN, 2))
+        else:
+            gate = acc
+            if GATE == HALVES:
+                gate, up = halves(acc)
+                if UP_AT == 0:
+                    gate, up = up, gate
+            COLUMNS: tl.constexpr = INNER if GATE == PLAIN else 2 * INNER
+            if BIAS:
+                gate += load_bias(b1_ptr, b1_steps, expert, GATE_AT + index, GATE_AT + INNER)[None, :]
+                if GATE != PLAIN:
+                    up += load_bias(b1_ptr, b1_steps, expert, UP_AT + index, UP_AT + INNER)[None, :]
+            if KEEP:
+                place = pre_ptr + row.to(tl.int64)[:, None] * COLUMNS + index[None, :]
+                tl.store(place + GATE_AT, gate.to(pre_ptr.dtype.element_ty), mask=keep)
+                if GATE != PLAIN:
+                    tl.store(place + UP_AT, up.to(pre_ptr.dtype.element_ty), mask=keep)
         if HIDDEN:
             numbers = (tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), tl.cast(shift, tl.float32))
-            if GATE == BLOCKS:
-                h = gated_hidden(acc, acc_up, numbers, ACTIVATION, LIMITED)
-            elif GATE == ALTERNATING:
-                gate, up = tl.split(acc.reshape(BM, BN, 2))
-                h = gated_hidden(gate, up, numbers, ACTIVATION, LIMITED)
+            if GATE == PLAIN:
+                h = plain_hidden(gate, numbers, ACTIVATION, LIMITED)
             else:
-                h = plain_hidden(acc, numbers, ACTIVATION, LIMITED)
+                h = gated_hidden(gate, up, numbers, ACTIVATION, LIMITED)
             if SCORE == "hidden":
                 h = h * weight[:, None]
             place = h_ptr + row.to(tl.int64)[:, None] * h_steps[0] + index[None, :]
-            tl.store(place, h.to(h_ptr.dtype.element_ty), mask=inside[:, None] & (index < INNER)[None, :])
+            tl.store(place, h.to(h_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -188,35 +204,36 @@ def _combine_kernel(
 
 
 def first(
-    spec: ExpertSpec, gate: Tensor, up: Tensor | None, b1: Tensor | None, z: Tensor, plan: Plan, p: Tensor,
-    pre: Tensor | None, h: Tensor | None, configs: Sequence[Tile],
+    spec: ExpertSpec, w1: Sequence[Tensor], b1: Tensor | None, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None,
+    h: Tensor | None, configs: Sequence[Tile],
 ) -> None:  # fmt: skip
     """Fills h (T * K, I), and the first product `pre` (T * K, halves * I), row by row of the plan, each where wanted.
 
     Args:
         spec: the formula of an expert.
-        gate: (E, I, l), or (E, 2 * I, l) with gate "interleaved", any strides.
-        up: (E, I, l) where gate and up are blocks of columns, or tensors.
-        b1: (E, halves * I), laid out as `pre` is: "separate" as "half".
+        w1: (E, halves * I, l), or two of (E, I, l) with gate "separate", any strides.
+        b1: (E, halves * I).
         z: (T, l), rows of unit stride.
         plan: of the call.
         p: (T * K), contiguous.
-        pre: contiguous.
+        pre: contiguous, columns as those of w1, one tensor after the other.
         h: rows of unit stride.
-        configs: ways to run the kernel, fastest first.
+        configs: ways to run the kernel, fastest first; with a gate they compute two columns for each hidden one.
     """
-    wide = 2 if spec.gate == "interleaved" else 1
-    inner = gate.shape[1] // wide
+    inner = w1[0].shape[1] * len(w1) // spec.halves
     swapped = spec.gate == "half_swapped"
 
     def arguments(config: Config) -> dict[str, Any]:
         assert isinstance(config, Tile)
-        of_gate = Weights.of(gate, config.keys * wide, config.depth)
-        of_up = of_gate if up is None else Weights.of(up, config.keys, config.depth)
+        if spec.gate in ("half", "half_swapped"):
+            weights = [Weights.of_halves(w1[0], config.keys, config.depth)]
+        else:
+            columns = config.keys * 2 if spec.gate == "interleaved" else config.keys
+            weights = [Weights.of(w, columns, config.depth) for w in w1]
         return {
             "z_ptr": z, "z_steps": z.stride()[:1], "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows),
-            "gate_w": of_gate.source, "gate_steps": of_gate.steps, "GATE_LAYOUT": of_gate.layout,
-            "up_w": of_up.source, "up_steps": of_up.steps, "UP_LAYOUT": of_up.layout,
+            "w": weights[0].source, "w_steps": weights[0].steps, "LAYOUT": weights[0].layout,
+            "up_w": weights[-1].source, "up_steps": weights[-1].steps, "UP_LAYOUT": weights[-1].layout,
             "b1_ptr": b1, "b1_steps": (0, 0) if b1 is None else b1.stride(), "p_ptr": p,
             "pre_ptr": pre, "h_ptr": h, "h_steps": (0,) if h is None else h.stride()[:1],
             "bound": plan.bound(config.rows), "CHOICES": plan.choices, "WIDTH": z.shape[1], "INNER": inner,

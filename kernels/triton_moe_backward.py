@@ -27,11 +27,12 @@ from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     ALTERNATING,
-    BLOCKS,
+    PLAIN,
     Tile,
     Weights,
     formula,
     gated_backward,
+    halves,
     load_rows,
     load_weights,
     place_of,
@@ -39,6 +40,46 @@ from s2o_inductor.kernels.triton_moe_tiles import (
     scaled,
 )
 from s2o_inductor.moe_spec import ExpertSpec
+
+
+@triton.jit
+def _through(
+    dh, factor, numbers, row, inside, column, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps, INNER: tl.constexpr,
+    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, TO_GATE: tl.constexpr, TO_UP: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr, LIMITED: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Writes gradients of the first product, and h if HIDDEN, where dh (BM, BN) are those of h at `column`: dh . h."""
+    BM: tl.constexpr = dh.shape[0]
+    BN: tl.constexpr = dh.shape[1]
+    index = column + tl.arange(0, BN)
+    keep = inside[:, None] & (index < INNER)[None, :]
+    COLUMNS: tl.constexpr = INNER if GATE == PLAIN else 2 * INNER
+    pre = pre_ptr + row.to(tl.int64)[:, None] * COLUMNS
+    dpre = dpre_ptr + row.to(tl.int64)[:, None] * dpre_steps[0]
+    kind = dpre_ptr.dtype.element_ty
+    weighted = dh * factor[:, None]
+    if GATE == ALTERNATING:
+        wide = 2 * column + tl.arange(0, 2 * BN)
+        among = inside[:, None] & (wide < 2 * INNER)[None, :]
+        both = tl.load(pre + wide[None, :], mask=among, other=0.0).to(tl.float32)
+        gate, up = tl.split(both.reshape(BM, BN, 2))
+        h, of_gate, of_up = gated_backward(gate, up, numbers, ACTIVATION, LIMITED)
+        both = tl.join(weighted * of_gate, weighted * of_up).reshape(BM, 2 * BN)
+        tl.store(dpre + wide[None, :], both.to(kind), mask=among)
+    elif GATE != PLAIN:
+        gate = tl.load(pre + (GATE_AT + index)[None, :], mask=keep, other=0.0).to(tl.float32)
+        up = tl.load(pre + (UP_AT + index)[None, :], mask=keep, other=0.0).to(tl.float32)
+        h, of_gate, of_up = gated_backward(gate, up, numbers, ACTIVATION, LIMITED)
+        tl.store(dpre + (TO_GATE + index)[None, :], (weighted * of_gate).to(kind), mask=keep)
+        tl.store(dpre + (TO_UP + index)[None, :], (weighted * of_up).to(kind), mask=keep)
+    else:
+        x = tl.load(pre + index[None, :], mask=keep, other=0.0).to(tl.float32)
+        h, slope = plain_backward(x, numbers, ACTIVATION, LIMITED)
+        tl.store(dpre + index[None, :], (weighted * slope).to(kind), mask=keep)
+    if HIDDEN:
+        place = h_ptr + row.to(tl.int64)[:, None] * h_steps[0] + index[None, :]
+        tl.store(place, (h * factor[:, None]).to(kind), mask=keep)
+    return tl.sum(tl.where(keep, dh * h, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -66,43 +107,22 @@ def _hidden_kernel(
             weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
             dh = tl.dot(du, weights, dh, input_precision="ieee")
 
-        index = column + tl.arange(0, BN)
-        keep = inside[:, None] & (index < INNER)[None, :]
         numbers = (tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), tl.cast(shift, tl.float32))
-        HALVES: tl.constexpr = 1 if GATE == 0 else 2
-        pre = pre_ptr + row.to(tl.int64)[:, None] * (HALVES * INNER)
-        dpre = dpre_ptr + row.to(tl.int64)[:, None] * dpre_steps[0]
-        kind = dpre_ptr.dtype.element_ty
-        weight = tl.load(p_ptr + pair).to(tl.float32)
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCORE != "input":
-            factor = weight
-        if GATE == ALTERNATING:
-            wide = 2 * column + tl.arange(0, 2 * BN)
-            among = inside[:, None] & (wide < 2 * INNER)[None, :]
-            both = tl.load(pre + wide[None, :], mask=among, other=0.0).to(tl.float32)
-            gate, up = tl.split(both.reshape(BM, BN, 2))
-            h, of_gate, of_up = gated_backward(gate, up, numbers, ACTIVATION, LIMITED)
-            scaled_dh = dh * factor[:, None]
-            both = tl.join(scaled_dh * of_gate, scaled_dh * of_up).reshape(BM, 2 * BN)
-            tl.store(dpre + wide[None, :], both.to(kind), mask=among)
-        elif GATE == BLOCKS:
-            gate = tl.load(pre + (GATE_AT + index)[None, :], mask=keep, other=0.0).to(tl.float32)
-            up = tl.load(pre + (UP_AT + index)[None, :], mask=keep, other=0.0).to(tl.float32)
-            h, of_gate, of_up = gated_backward(gate, up, numbers, ACTIVATION, LIMITED)
-            scaled_dh = dh * factor[:, None]
-            tl.store(dpre + (TO_GATE + index)[None, :], (scaled_dh * of_gate).to(kind), mask=keep)
-            tl.store(dpre + (TO_UP + index)[None, :], (scaled_dh * of_up).to(kind), mask=keep)
-        else:
-            x = tl.load(pre + index[None, :], mask=keep, other=0.0).to(tl.float32)
-            h, slope = plain_backward(x, numbers, ACTIVATION, LIMITED)
-            tl.store(dpre + index[None, :], (dh * factor[:, None] * slope).to(kind), mask=keep)
+            factor = tl.load(p_ptr + pair).to(tl.float32)
+        # In two halves: what all columns need at once does not fit the registers.
+        left, right = halves(dh)
+        share = _through(
+            left, factor, numbers, row, inside, column, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps, INNER, GATE_AT,
+            UP_AT, TO_GATE, TO_UP, ACTIVATION, GATE, LIMITED, HIDDEN,
+        )  # fmt: skip
+        share += _through(
+            right, factor, numbers, row, inside, column + BN // 2, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps,
+            INNER, GATE_AT, UP_AT, TO_GATE, TO_UP, ACTIVATION, GATE, LIMITED, HIDDEN,
+        )  # fmt: skip
         if SCORE != "input":
-            share = tl.sum(tl.where(keep, dh * h, 0.0), 1)
             tl.store(share_ptr + pair.to(tl.int64) * blocks + block, share, mask=inside)
-        if HIDDEN:
-            place = h_ptr + row.to(tl.int64)[:, None] * h_steps[0] + index[None, :]
-            tl.store(place, (h * factor[:, None]).to(kind), mask=keep)
 
 
 @triton.jit

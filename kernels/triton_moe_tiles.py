@@ -26,10 +26,11 @@ from s2o_inductor.moe_spec import ExpertSpec
 OUT_IN = tl.constexpr(0)
 IN_OUT = tl.constexpr(1)
 POINTERS = tl.constexpr(2)
-# How the first product holds gate and up: no gate, two blocks of columns, or alternating columns.
+# How the first product holds gate and up: no gate, halves of one tensor's columns, alternating columns, two tensors.
 PLAIN = tl.constexpr(0)
-BLOCKS = tl.constexpr(1)
+HALVES = tl.constexpr(1)
 ALTERNATING = tl.constexpr(2)
+SEPARATE = tl.constexpr(3)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -70,6 +71,16 @@ class Weights:
             return cls(source, steps, IN_OUT.value)
         return cls(w, steps, POINTERS.value)
 
+    @classmethod
+    def of_halves(cls, w: Tensor, columns: int, depth: int) -> Weights:
+        """w (E, 2 * n, in) in tiles of `columns` of each half of out and `depth` of in, zero beyond their edges."""
+        steps, halves = w.stride(), (2, w.shape[1] // 2)
+        if _in_tiles(x := w.unflatten(1, halves)):
+            return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, 2, columns, depth]), steps, OUT_IN.value)
+        if _in_tiles(x := w.mT.unflatten(2, halves)):
+            return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, depth, 2, columns]), steps, IN_OUT.value)
+        return cls(w, steps, POINTERS.value)
+
 
 def _strides(x: Tensor) -> list[int]:
     """Strides that the copy engine takes: those of dimensions of size one mean nothing and may be anything."""
@@ -78,7 +89,7 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def _in_tiles(x: Tensor) -> bool:
-    """Whether the copy engine reads tiles of the last two dimensions."""
+    """Whether the copy engine reads tiles of x."""
     unit = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % unit == 0 for step in _strides(x)[:-1])
     return aligned and (x.stride(-1) == 1 or x.shape[-1] == 1)
@@ -97,11 +108,11 @@ def rows_in_tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
 
 def formula(spec: ExpertSpec) -> dict[str, Any]:
     """The formula of an expert as arguments of a kernel."""
-    gate = {"none": PLAIN, "interleaved": ALTERNATING}.get(spec.gate, BLOCKS)
+    gate = {"none": PLAIN, "interleaved": ALTERNATING, "separate": SEPARATE}.get(spec.gate, HALVES)
     return {
-        "alpha": spec.alpha,
-        "limit": 0.0 if spec.limit is None else spec.limit,
-        "shift": spec.shift,
+        "alpha": float(spec.alpha),
+        "limit": 0.0 if spec.limit is None else float(spec.limit),
+        "shift": float(spec.shift),
         "ACTIVATION": spec.activation,
         "GATE": gate.value,
         "LIMITED": spec.limit is not None,
@@ -135,6 +146,29 @@ def load_weights(source, steps, expert, column, depth, LAYOUT: tl.constexpr, OUT
         place = source + expert.to(tl.int64) * steps[0]
         place = place + n.to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
         return tl.load(place, mask=(n < OUT)[None, :] & (k < IN)[:, None], other=0.0)
+
+
+@triton.jit
+def load_halves(source, steps, expert, column, depth, LAYOUT: tl.constexpr, INNER: tl.constexpr, IN: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Weights of one expert, (BK, 2 * BN): out [column, column + BN) of the first half of INNER, then of the second."""
+    if LAYOUT == OUT_IN:
+        return source.load([expert, 0, column, depth]).reshape(2 * BN, BK).T
+    elif LAYOUT == IN_OUT:
+        return source.load([expert, depth, 0, column]).reshape(BK, 2 * BN)
+    else:
+        c = tl.arange(0, 2 * BN)
+        n = column + c % BN
+        k = depth + tl.arange(0, BK)
+        place = source + expert.to(tl.int64) * steps[0]
+        place = place + (c // BN * INNER + n).to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
+        return tl.load(place, mask=(n < INNER)[None, :] & (k < IN)[:, None], other=0.0)
+
+
+@triton.jit
+def halves(x):
+    """(left, right) of the columns of x (BM, 2 * BN)."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
 
 
 @triton.jit
