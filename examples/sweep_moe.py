@@ -29,10 +29,11 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
     plan, p = Plan.of(call.ids, call.w1.shape[0]), call.p.view(-1)
     h, pre = rows_like(call.z, pairs, call.model.inner), rows_like(call.z, pairs, experts.columns)
     rows, x, dw = Rows(pre), Rows(call.z, by_token=True), torch.empty_like(call.w1)
+    gathered = call.z[plan.order // call.model.choices]
 
     def second(tile: Tile, parts: int, a: Tensor, w: Tensor) -> None:
         kind = torch.float32 if parts > 1 else torch.bfloat16
-        y = torch.empty(parts, pairs, call.model.width, dtype=kind, device="cuda")
+        y = torch.empty(parts, pairs, w.shape[1], dtype=kind, device="cuda")
         triton_moe.second([a], [w], None, plan, y, [tile])
 
     def hidden(tile: Tile, parts: int) -> None:
@@ -44,6 +45,8 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
         "first": lambda tile, parts: triton_moe.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
         "second": lambda tile, parts: second(tile, parts, h, call.w2),
         "hidden": hidden,
+        # What the first product would take, had its rows been gathered before.
+        "gathered": lambda tile, parts: second(tile, parts, gathered, call.w1),
         "dx": lambda tile, parts: second(tile, parts, pre, call.w1.mT),
         "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile]),
     }
@@ -61,18 +64,26 @@ def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Til
         ]
         return {
             "first": [(tile, 1) for tile in low],
-            "second": [(tile, parts) for tile in low for parts in ((1, 2, 4) if facts.pairs < 500 else (1,))],
+            "second": [
+                (tile, parts)
+                for tile in [*low, *(dataclasses.replace(tile, programs=2 * facts.processors) for tile in low[::4])]
+                for parts in ((1, 2, 4) if facts.pairs < 500 else (1,))
+            ],
         }
     shapes = [(64, 128, 4), (64, 256, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
     tiles = [Tile(*shape, stages, 64, group) for shape in shapes for stages in (3, 4) for group in (2, 8)]
     tiles += [Tile(128, 128, 4, 2), Tile(128, 64, 4, 3), Tile(128, 64, 4, 4), Tile(64, 64, 4, 4)]
+    tiles += [Tile(128, 128, 4, 5, depth=32), Tile(128, 128, 4, 6, depth=32), Tile(128, 256, 8, 6, depth=32)]
     if facts.height == 64:
         tiles += [Tile(32, 128, 4, 4), Tile(32, 128, 4, 4, depth=128), Tile(32, 64, 4, 4, depth=128)]
     tiles = [tile for tile in tiles if tile.rows <= 2 * facts.height]
     first = [t for t in tiles if t.keys <= 128] if gated else tiles
     backward = [t for t in tiles if t.group == 8 and t.rows >= 64]
     deep = [Tile(128, 128, 8, 3, 32), Tile(128, 256, 8, 4, 32), Tile(256, 128, 8, 4, 32)]
-    found = {"first": first, "second": tiles, "dx": backward, "dw": backward + deep}
+    shared = [Tile(128, 256, 8, stages, 64, group, facts.processors) for stages in (3, 4) for group in (2, 8)]
+    shared += [Tile(256, 128, 8, 3, 64, 8, facts.processors), Tile(128, 128, 4, 3, 64, 8, 2 * facts.processors)]
+    found = {"first": first, "second": tiles + shared, "gathered": shared, "dx": backward + shared}
+    found["dw"] = backward + deep
     found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)]
     return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
 

@@ -49,17 +49,18 @@ from s2o_inductor.moe_spec import ExpertSpec
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _first_kernel(
     z_ptr, z_steps, order_ptr, tiles_ptr, w, w_steps, up_w, up_steps, b1_ptr, b1_steps, p_ptr, pre_ptr, h_ptr, h_steps,
-    bound, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, LAYOUT: tl.constexpr, UP_LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KEEP: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BM rows of an expert by BN hidden columns: of h if HIDDEN, of the first product in `pre_ptr` if KEEP."""
     blocks = tl.cdiv(INNER, BN)
-    tile, block, _ = place_of(tl.program_id(0), blocks, 1, bound, GROUP)
-    entry = tiles_ptr + tile * 4
-    expert = tl.load(entry)
-    if expert >= 0:
+    count = tl.load(tiles_ptr)
+    if tl.program_id(0) < count * blocks:
+        tile, block, _ = place_of(tl.program_id(0), blocks, 1, count, GROUP)
+        entry = tiles_ptr + 4 + tile * 4
+        expert = tl.load(entry)
         row = tl.load(entry + 1) + tl.arange(0, BM)
         inside = row < tl.load(entry + 2)
         # Rows beyond the expert's compute something that nobody keeps.
@@ -129,34 +130,42 @@ def _first_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _second_kernel(
     a_tiles, w, w_steps, a2_tiles, w2, w2_steps, order_ptr, tiles_ptr, bias_ptr, bias_steps, x_ptr, x_steps, p_ptr,
-    share_ptr, y_ptr, bound, pairs, CHOICES: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr,
-    LAYOUT: tl.constexpr, LAYOUT2: tl.constexpr, BIAS: tl.constexpr, TWO: tl.constexpr, SCORED: tl.constexpr,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    share_ptr, y_ptr, pairs, CHOICES: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr, LAYOUT: tl.constexpr,
+    LAYOUT2: tl.constexpr, BIAS: tl.constexpr, TWO: tl.constexpr, SCORED: tl.constexpr, SPLITS: tl.constexpr,
+    SHARED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """y[choice] = a[row] W^T (+ a2[row] W2^T) for BM rows of an expert by BN columns, or one part of SPLITS of it.
 
     SCORED is the backward pass of weights on the input: the rows of y, gradients of weighted rows x, leave
     multiplied with their weight, and what they have in common with x goes to `share_ptr` (T * K, blocks).
+    With SHARED, programs share all tiles; otherwise each finds one, or none.
     """
     blocks = tl.cdiv(OUT, BN)
-    tile, block, split = place_of(tl.program_id(0), blocks, SPLITS, bound, GROUP)
-    entry = tiles_ptr + tile * 4
-    expert = tl.load(entry)
-    if expert >= 0:
+    count = tl.load(tiles_ptr)
+    # Flattened, a program's tiles are one loop, whose pipeline fetches across their borders.
+    for number in tl.range(tl.program_id(0), count * blocks * SPLITS, tl.num_programs(0), flatten=SHARED):
+        tile, block, split = place_of(number, blocks, SPLITS, count, GROUP)
+        entry = tiles_ptr + 4 + tile * 4
+        expert = tl.load(entry)
         first = tl.load(entry + 1)
-        row = first + tl.arange(0, BM)
-        inside = row < tl.load(entry + 2)
         column = block * BN
         EACH: tl.constexpr = (DEPTH + BK * SPLITS - 1) // (BK * SPLITS) * BK
         acc = tl.zeros((BM, BN), tl.float32)
-        for depth in tl.range(split * EACH, tl.minimum(split * EACH + EACH, DEPTH), BK):
-            weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
-            acc = tl.dot(a_tiles.load([first, depth]), weights, acc, input_precision="ieee")
+        if SPLITS == 1:
+            for depth in tl.range(0, DEPTH, BK):
+                weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
+                acc = tl.dot(a_tiles.load([first, depth]), weights, acc, input_precision="ieee")
+        else:
+            for depth in tl.range(split * EACH, tl.minimum(split * EACH + EACH, DEPTH), BK):
+                weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
+                acc = tl.dot(a_tiles.load([first, depth]), weights, acc, input_precision="ieee")
         if TWO:
             for depth in tl.range(0, DEPTH, BK):
                 weights = load_weights(w2, w2_steps, expert, column, depth, LAYOUT2, OUT, DEPTH, BN, BK)
                 acc = tl.dot(a2_tiles.load([first, depth]), weights, acc, input_precision="ieee")
 
+        row = first + tl.arange(0, BM)
+        inside = row < tl.load(entry + 2)
         index = column + tl.arange(0, BN)
         pair = tl.load(order_ptr + row, mask=inside, other=0).to(tl.int32)
         keep = inside[:, None] & (index < OUT)[None, :]
@@ -236,7 +245,7 @@ def first(
             "up_w": weights[-1].source, "up_steps": weights[-1].steps, "UP_LAYOUT": weights[-1].layout,
             "b1_ptr": b1, "b1_steps": (0, 0) if b1 is None else b1.stride(), "p_ptr": p,
             "pre_ptr": pre, "h_ptr": h, "h_steps": (0,) if h is None else h.stride()[:1],
-            "bound": plan.bound(config.rows), "CHOICES": plan.choices, "WIDTH": z.shape[1], "INNER": inner,
+            "CHOICES": plan.choices, "WIDTH": z.shape[1], "INNER": inner,
             "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner, "SCORE": spec.score,
             "BIAS": b1 is not None, "KEEP": pre is not None, "HIDDEN": h is not None, "GROUP": config.group,
             "BK": config.depth, **formula(spec),
@@ -288,12 +297,16 @@ def second(
             "bias_ptr": bias, "bias_steps": (0, 0) if bias is None else bias.stride(),
             "x_ptr": scored and scored.x, "x_steps": scored.x.stride()[:1] if scored else (0,),
             "p_ptr": scored and scored.p, "share_ptr": scored and scored.share, "y_ptr": y, "pairs": pairs,
-            "bound": plan.bound(config.rows), "CHOICES": plan.choices, "DEPTH": w[0].shape[2], "OUT": out,
+            "CHOICES": plan.choices, "DEPTH": w[0].shape[2], "OUT": out, "SHARED": config.programs > 0,
             "BIAS": bias is not None, "TWO": len(w) == 2, "SCORED": scored is not None, "SPLITS": parts,
             "GROUP": config.group, "BK": config.depth,
         }  # fmt: skip
 
-    launch(_second_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(out, c.keys) * parts, arguments)
+    def grid(config: Config) -> int:
+        assert isinstance(config, Tile)
+        return config.programs or plan.bound(config.rows) * triton.cdiv(out, config.keys) * parts
+
+    launch(_second_kernel, configs, grid, arguments)
 
 
 def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:

@@ -85,17 +85,18 @@ def _through(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _hidden_kernel(
     grad_ptr, grad_steps, w, w_steps, order_ptr, tiles_ptr, p_ptr, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps,
-    share_ptr, bound, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    share_ptr, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, TO_GATE: tl.constexpr, TO_UP: tl.constexpr, LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, HIDDEN: tl.constexpr,
     GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BM rows of the first product of an expert, BN hidden columns; h, weighted, if HIDDEN."""
     blocks = tl.cdiv(INNER, BN)
-    tile, block, _ = place_of(tl.program_id(0), blocks, 1, bound, GROUP)
-    entry = tiles_ptr + tile * 4
-    expert = tl.load(entry)
-    if expert >= 0:
+    count = tl.load(tiles_ptr)
+    if tl.program_id(0) < count * blocks:
+        tile, block, _ = place_of(tl.program_id(0), blocks, 1, count, GROUP)
+        entry = tiles_ptr + 4 + tile * 4
+        expert = tl.load(entry)
         row = tl.load(entry + 1) + tl.arange(0, BM)
         inside = row < tl.load(entry + 2)
         pair = tl.load(order_ptr + row, mask=inside, other=0).to(tl.int32)
@@ -266,7 +267,7 @@ def hidden_backward(
             "LAYOUT": weights.layout, "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows), "p_ptr": p,
             "pre_ptr": pre, "dpre_ptr": dpre, "dpre_steps": dpre.stride()[:1], "h_ptr": h,
             "h_steps": (0,) if h is None else h.stride()[:1], "share_ptr": share,
-            "bound": plan.bound(config.rows), "CHOICES": plan.choices, "WIDTH": grad.shape[1], "INNER": inner,
+            "CHOICES": plan.choices, "WIDTH": grad.shape[1], "INNER": inner,
             "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner,
             "TO_GATE": up_at if swapped else 0, "TO_UP": 0 if swapped else up_at, "SCORE": spec.score,
             "HIDDEN": h is not None, "GROUP": config.group, "BK": config.depth, **formula(spec),

@@ -1,9 +1,9 @@
 """The order in which routed experts are computed: choices by expert, and the tiles of rows that programs take.
 
 A choice is a pair (t, k), numbered t * K + k. Its place in the order is its row; an expert's rows follow one
-another, in the order of the tokens. Nothing is decided on the host, so nothing waits for the device:
-sizes are bounds that hold for any routing, and a tile that no expert needs is marked unused. Nothing is
-added up by atomics either: equal calls give equal plans.
+another, in the order of the tokens. Nothing is decided on the host, so nothing waits for the device: sizes
+are bounds that hold for any routing, and the device counts what is needed. Nothing is added up by
+atomics either: equal calls give equal plans.
 """
 
 # Device code has no types that mypy knows.
@@ -68,28 +68,27 @@ def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, pairs, CHO
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _tiles_kernel(firsts_ptr, tiles_ptr, bound, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+def _tiles_kernel(firsts_ptr, tiles_ptr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr):  # fmt: skip
-    """The tiles of ROWS rows of one expert; the last program marks those that none has.
-
-    `tiles_ptr` is int32 (bound, 4): expert (-1 for unused), first row, end of the expert's rows.
-    """
+    """The tiles of ROWS rows of one expert; see `Plan.tiles`."""
     mine = tl.program_id(0)
     expert = tl.arange(0, BN)
     begin = tl.load(firsts_ptr + expert, mask=expert < EXPERTS, other=0)
     end = tl.load(firsts_ptr + expert + 1, mask=expert < EXPERTS, other=0)
     needed = (end - begin + ROWS - 1) // ROWS
     before = tl.sum(tl.where(expert < mine, needed, 0), 0)
+    count = tl.sum(tl.where(expert == mine, needed, 0), 0)
     first_row = tl.load(firsts_ptr + mine)
-    last_row = tl.load(firsts_ptr + tl.minimum(mine + 1, EXPERTS))
-    count = tl.where(mine < EXPERTS, (last_row - first_row + ROWS - 1) // ROWS, bound - before)
+    last_row = tl.load(firsts_ptr + mine + 1)
     for start in tl.range(0, count, BM):
         tile = start + tl.arange(0, BM)
-        entry = tiles_ptr + (before + tile) * 4
+        entry = tiles_ptr + (1 + before + tile) * 4
         inside = tile < count
-        tl.store(entry, tile * 0 + tl.where(mine < EXPERTS, mine, -1), mask=inside)
+        tl.store(entry, tile * 0 + mine, mask=inside)
         tl.store(entry + 1, first_row + tile * ROWS, mask=inside)
         tl.store(entry + 2, tile * 0 + last_row, mask=inside)
+    if mine == EXPERTS - 1:
+        tl.store(tiles_ptr, before + count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +145,16 @@ class Plan:
         return (pairs + (rows - 1) * min(self.experts, pairs)) // rows
 
     def tiles(self, rows: int) -> Tensor:
-        """Int32 (bound, 4), tiles of at most `rows` rows of one expert, in the order of the rows.
+        """Int32 (1 + bound, 4), tiles of at most `rows` rows of one expert, in the order of the rows.
 
-        Each is (expert, first row, end of that expert's rows, nothing); an expert of -1 marks one not needed.
+        After the number of tiles, in row 0, each is (expert, first row, end of that expert's rows, nothing).
         """
         if rows not in self.made:
-            tiles = torch.empty((self.bound(rows), 4), dtype=torch.int32, device=self.order.device)
+            tiles = torch.empty((1 + self.bound(rows), 4), dtype=torch.int32, device=self.order.device)
             arguments: dict[str, Any] = {
-                "firsts_ptr": self.firsts, "tiles_ptr": tiles, "bound": tiles.shape[0], "EXPERTS": self.experts,
-                "ROWS": rows,
+                "firsts_ptr": self.firsts, "tiles_ptr": tiles, "EXPERTS": self.experts, "ROWS": rows,
             }  # fmt: skip
             config = Config(256, max(16, triton.next_power_of_2(self.experts)), 4, 1)
-            launch(_tiles_kernel, [config], lambda _: self.experts + 1, lambda _: arguments)
+            launch(_tiles_kernel, [config], lambda _: self.experts, lambda _: arguments)
             self.made[rows] = tiles
         return self.made[rows]

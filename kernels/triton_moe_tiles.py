@@ -46,10 +46,12 @@ class Tile(Config):
     Attributes:
         depth: how much of the sum one step takes.
         group: tiles of rows whose products with the same weights run side by side, so that these are read once.
+        programs: how many share all tiles, each fetching its next one while it writes the last; 0 for one a tile.
     """
 
     depth: int = 64
     group: int = 8
+    programs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +122,14 @@ def formula(spec: ExpertSpec) -> dict[str, Any]:
 
 
 @triton.jit
-def place_of(program, blocks, splits, bound, GROUP: tl.constexpr):
-    """(tile of rows, block of columns, split) of a program.
+def place_of(program, blocks, splits, count, GROUP: tl.constexpr):
+    """(tile of rows, block of columns, split) of one of `count` tiles of rows times blocks times splits.
 
     GROUP tiles of rows go through the same columns side by side: they belong to one expert, or to a few.
     """
     here = program // (GROUP * blocks * splits) * GROUP
     within = program - here * blocks * splits
-    present = tl.minimum(GROUP, bound - here)
+    present = tl.minimum(GROUP, count - here)
     rest = within // present
     return here + within % present, rest % blocks, rest // blocks
 
