@@ -99,8 +99,15 @@ def fits(run: Callable[[], Any]) -> Any:
 
 
 def sweep(call: Call, facts: cuda_moe.Facts, measure: Callable[..., float]) -> list[dict[str, Any]]:
-    """The best ways to run each kernel of one call, fastest first."""
-    stages, rows = stages_of(call), []
+    """What ordering and combining take, and the best ways to run each kernel of one call, fastest first."""
+    experts, plan = call.w1.shape[0], Plan.of(call.ids, call.w1.shape[0])
+    y = torch.randn(1, call.ids.numel(), call.model.width, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(call.z)
+    rows: list[dict[str, Any]] = [
+        {"kernel": "plan", "us": measure(lambda: Plan.of(call.ids, experts).tiles(facts.height))},
+        {"kernel": "combine", "us": measure(lambda: triton_moe.combine(y, call.p.view(-1), plan, out))},
+    ]
+    stages = stages_of(call)
     for kernel, tries in tiles_to_try(facts, call.model.spec.halves > 1).items():
         found = []
         for tile, parts in tries:
