@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from s2o_inductor.kernels import cuda_moe, triton_moe, triton_moe_backward
+from s2o_inductor.kernels import cuda_moe, triton_moe_backward, triton_moe_first, triton_moe_second
 from s2o_inductor.kernels.moe_cpu import Experts
 from s2o_inductor.kernels.triton_moe_backward import Rows
 from s2o_inductor.kernels.triton_moe_plan import Plan
@@ -29,12 +29,11 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
     plan, p = Plan.of(call.ids, call.w1.shape[0]), call.p.view(-1)
     h, pre = rows_like(call.z, pairs, call.model.inner), rows_like(call.z, pairs, experts.columns)
     rows, x, dw = Rows(pre), Rows(call.z, by_token=True), torch.empty_like(call.w1)
-    gathered = call.z[plan.order // call.model.choices]
 
     def second(tile: Tile, parts: int, a: Tensor, w: Tensor) -> None:
         kind = torch.float32 if parts > 1 else torch.bfloat16
         y = torch.empty(parts, pairs, w.shape[1], dtype=kind, device="cuda")
-        triton_moe.second([a], [w], None, plan, y, [tile])
+        triton_moe_second.second([a], [w], None, plan, y, [tile])
 
     def hidden(tile: Tile, parts: int) -> None:
         share = torch.empty(pairs, -(-call.model.inner // tile.keys), device="cuda")
@@ -42,11 +41,9 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
         triton_moe_backward.hidden_backward(spec, call.z, call.w2, plan, p, pre, *where, [tile])
 
     return {
-        "first": lambda tile, parts: triton_moe.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
+        "first": lambda tile, parts: triton_moe_first.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
         "second": lambda tile, parts: second(tile, parts, h, call.w2),
         "hidden": hidden,
-        # What the first product would take, had its rows been gathered before.
-        "gathered": lambda tile, parts: second(tile, parts, gathered, call.w1),
         "dx": lambda tile, parts: second(tile, parts, pre, call.w1.mT),
         "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile]),
     }
@@ -82,7 +79,8 @@ def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Til
     deep = [Tile(128, 128, 8, 3, 32), Tile(128, 256, 8, 4, 32), Tile(256, 128, 8, 4, 32)]
     shared = [Tile(128, 256, 8, stages, 64, group, facts.processors) for stages in (3, 4) for group in (2, 8)]
     shared += [Tile(256, 128, 8, 3, 64, 8, facts.processors), Tile(128, 128, 4, 3, 64, 8, 2 * facts.processors)]
-    found = {"first": first, "second": tiles + shared, "gathered": shared, "dx": backward + shared}
+    narrow = [dataclasses.replace(tile, keys=tile.keys // 2) for tile in shared] if gated else shared
+    found = {"first": first + narrow, "second": tiles + shared, "dx": backward + shared}
     found["dw"] = backward + deep
     found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)]
     return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
@@ -105,7 +103,7 @@ def sweep(call: Call, facts: cuda_moe.Facts, measure: Callable[..., float]) -> l
     out = torch.empty_like(call.z)
     rows: list[dict[str, Any]] = [
         {"kernel": "plan", "us": measure(lambda: Plan.of(call.ids, experts).tiles(facts.height))},
-        {"kernel": "combine", "us": measure(lambda: triton_moe.combine(y, call.p.view(-1), plan, out))},
+        {"kernel": "combine", "us": measure(lambda: triton_moe_second.combine(y, call.p.view(-1), plan, out))},
     ]
     stages = stages_of(call)
     for kernel, tries in tiles_to_try(facts, call.model.spec.halves > 1).items():

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from s2o_inductor.kernels import triton_moe, triton_moe_backward
+from s2o_inductor.kernels import triton_moe_backward, triton_moe_first, triton_moe_second
 from s2o_inductor.kernels.moe_cpu import Experts, Gradients
 from s2o_inductor.kernels.triton_moe_backward import Rows
 from s2o_inductor.kernels.triton_moe_plan import Plan
@@ -140,8 +140,8 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
         y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
-        triton_moe.second([h], [experts.w2], experts.b2, plan, y, second_tiles(facts, width))
-        triton_moe.combine(y, weights if spec.score == "output" else None, plan, out)
+        triton_moe_second.second([h], [experts.w2], experts.b2, plan, y, second_tiles(facts, width))
+        triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
     return out, kept
 
 
@@ -181,10 +181,10 @@ def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         if scored:
             tiles = [tile for tile in tiles if tile.keys == tiles[0].keys]
             share = _share(pairs, width, tiles[0], z)
-        scores = triton_moe.Scored(z, weights, share) if scored else None
-        triton_moe.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
+        scores = triton_moe_second.Scored(z, weights, share) if scored else None
+        triton_moe_second.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
         if into.z is not None:
-            triton_moe.combine(y, None, plan, into.z)
+            triton_moe_second.combine(y, None, plan, into.z)
     if into.p is not None:
         bias = experts.b2 if spec.score == "output" else None
         triton_moe_backward.weight_gradient(share, plan, grad, bias, into.p)
@@ -209,7 +209,7 @@ def _first(
 ) -> None:
     """The first product and the hidden rows, where wanted."""
     tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
-    triton_moe.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
+    triton_moe_first.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
 
 
 def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, tiles: list[Tile]) -> None:

@@ -4,7 +4,7 @@ With du the gradient of a token's output, and the first product `pre` kept or co
 
     dh      = du W2                gathered by token; its epilogue makes h, dpre and dp = dh . h, so y is not needed
     dW2     = du^T (p h)           a sum over the expert's rows, zero for an expert without any
-    dx      = dpre W1              `triton_moe.second`, then `combine`
+    dx      = dpre W1              `triton_moe_second.second`, then `combine`
     dW1     = dpre^T x             as dW2
 
 The identity dp = sum of du * y = sum of (du W2) * h holds without b2; `share_kernel` adds what b2 is due.

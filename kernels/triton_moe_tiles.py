@@ -11,6 +11,7 @@ Sizes of weights are constants of a compiled kernel, numbers of tokens are not.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s2o_inductor.kernels.launching import Config
+from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.moe_spec import ExpertSpec
 
 # How a kernel reads weights (E, out, in): tiles (out, in), tiles (in, out), or pointers.
@@ -106,6 +108,16 @@ def rows_like(x: Tensor, rows: int, columns: int) -> Tensor:
 def rows_in_tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
     """x (rows, n), made by `rows_like`, in tiles of `rows` by `depth`, zero beyond its edges."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def grid_of(plan: Plan, columns: int, parts: int = 1) -> Callable[[Config], int]:
+    """Number of programs for all tiles of rows by `columns`, in `parts`."""
+
+    def grid(config: Config) -> int:
+        assert isinstance(config, Tile)
+        return config.programs or plan.bound(config.rows) * triton.cdiv(columns, config.keys) * parts
+
+    return grid
 
 
 def formula(spec: ExpertSpec) -> dict[str, Any]:

@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def case(name: str) -> Problem:
-    fields = {"tokens": 9, "choices": 3, "experts": 5, "width": 24, "inner": 40, **CASES[name]}
+    fields = {"tokens": 8, "choices": 2, "experts": 5, "width": 24, "inner": 40, **CASES[name]}
     dtype, ids = fields.pop("dtype", torch.float16), fields.pop("ids", None)
     made = typed(problem(**fields), dtype)
     return made if ids is None else dataclasses.replace(made, ids=torch.full_like(made.ids, ids))
@@ -56,6 +56,26 @@ def check_every_tile_height() -> None:
             check(made)
         finally:
             cuda_moe.Facts.height = original  # type: ignore[method-assign]
+
+
+def check_shared_tiles() -> None:
+    """Programs that go through many tiles compute what as many programs as tiles do."""
+    from s2o_inductor.kernels import cuda_moe
+    from s2o_inductor.kernels.triton_moe_tiles import Tile
+
+    originals = cuda_moe.first_tiles, cuda_moe.second_tiles
+    results = []
+    try:
+        for programs in (0, 3):
+            tiles = [Tile(16, 32, 4, 2, 32, 2, programs)]
+            cuda_moe.first_tiles = cuda_moe.second_tiles = lambda *_, tiles=tiles: tiles
+            names = ("weights on the input", "two tensors, odd sizes", "GPT-OSS")
+            results.append([leaves(case(name)).run(moe_experts) for name in names])
+    finally:
+        cuda_moe.first_tiles, cuda_moe.second_tiles = originals
+    for single, shared in zip(*results, strict=True):
+        for name, x in single.items():
+            assert torch.equal(x, shared[name]), name
 
 
 def check_sorted_plan() -> None:
@@ -113,6 +133,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     **{name: (lambda name=name: check(case(name))) for name in CASES},
     "nothing kept": lambda: check(case("weights on the input"), keep=False),
     **{f"random {seed}": (lambda seed=seed: check(*random_case(seed))) for seed in range(12)},
+    "programs that share tiles": check_shared_tiles,
     "a sorted plan": check_sorted_plan,
     "every tile height": check_every_tile_height,
     "only what is wanted": check_only_what_is_wanted,

@@ -62,6 +62,19 @@ def test_at_the_widths_of_models(name: str, routing: str) -> None:
     check(sized(name, 40, 4, 32, 512, 768, routing))
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_programs_that_share_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way to run both products, whatever is chosen at this size."""
+    from s2o_inductor.kernels import cuda_moe
+    from s2o_inductor.kernels.triton_moe_tiles import Tile
+
+    tiles = [Tile(128, 64, 4, 3, 64, 8, 132)]
+    monkeypatch.setattr(cuda_moe, "first_tiles", lambda *_: tiles)
+    monkeypatch.setattr(cuda_moe, "second_tiles", lambda *_: tiles)
+    check(sized(name, 1200, 4, 8, 512, 768, "random"))
+    check(sized(name, 300, 2, 8, 200, 136, "one_expert"))
+
+
 @pytest.mark.parametrize("tokens", [40, 1500])
 def test_bitwise_repeatable(tokens: int) -> None:
     case = sized("Mixtral", tokens, 6, 16, 512, 768, "random")

@@ -1,12 +1,10 @@
-"""Routed experts in Triton, forward: two grouped products around an activation, and a weighted sum per token.
+"""The second half of routed experts in Triton: hidden rows times W2, and a weighted sum per token.
 
-    first    rows of z gathered by token, times W1; bias, activation and, where the formula says so, routing weight
-    second   hidden rows times W2, each row of the result written to the place of its choice
-    combine  a token's K rows, summed in the order of k
+    second   each row of the product is written to the place of its choice; also the backward pass of the first product
+    combine  a token's K rows, which so lie together, summed in the order of k
 
-Programs take tiles of rows of one expert (see `kernels/triton_moe_plan.py`), so that each computes with
-the weights of one expert alone. With few rows an expert the products do nothing but stream weights: tiles of
-16 rows, and as many programs as it takes to keep all multiprocessors reading.
+Where experts have few rows the product does nothing but stream weights, and its sum is cut into parts if there are
+too few tiles for all multiprocessors.
 """
 
 # Device code has no types that mypy knows.
@@ -25,106 +23,14 @@ from torch import Tensor
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
-    ALTERNATING,
-    HALVES,
-    PLAIN,
-    SEPARATE,
     Tile,
     Weights,
-    formula,
-    gated_hidden,
-    halves,
+    grid_of,
     load_bias,
-    load_halves,
-    load_rows,
     load_weights,
     place_of,
-    plain_hidden,
     rows_in_tiles,
-    scaled,
 )
-from s2o_inductor.moe_spec import ExpertSpec
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _first_kernel(
-    z_ptr, z_steps, order_ptr, tiles_ptr, w, w_steps, up_w, up_steps, b1_ptr, b1_steps, p_ptr, pre_ptr, h_ptr, h_steps,
-    alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
-    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, LAYOUT: tl.constexpr, UP_LAYOUT: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
-    KEEP: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """BM rows of an expert by BN hidden columns: of h if HIDDEN, of the first product in `pre_ptr` if KEEP."""
-    blocks = tl.cdiv(INNER, BN)
-    count = tl.load(tiles_ptr)
-    if tl.program_id(0) < count * blocks:
-        tile, block, _ = place_of(tl.program_id(0), blocks, 1, count, GROUP)
-        entry = tiles_ptr + 4 + tile * 4
-        expert = tl.load(entry)
-        row = tl.load(entry + 1) + tl.arange(0, BM)
-        inside = row < tl.load(entry + 2)
-        # Rows beyond the expert's compute something that nobody keeps.
-        pair = tl.load(order_ptr + row, mask=inside, other=0).to(tl.int32)
-        rows = z_ptr + (pair // CHOICES).to(tl.int64) * z_steps[0]
-        if SCORE != "output":
-            weight = tl.load(p_ptr + pair).to(tl.float32)
-        column = block * BN
-        # Gate and up from one tensor are one product of twice as many columns.
-        WIDE: tl.constexpr = BN if GATE == PLAIN or GATE == SEPARATE else 2 * BN  # noqa: SIM109 - for the compiler
-        acc = tl.zeros((BM, WIDE), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-        for depth in tl.range(0, WIDTH, BK):
-            x = load_rows(rows, depth, inside, False, WIDTH, BK)
-            if SCORE == "input":
-                x = scaled(x, weight)
-            if GATE == HALVES:
-                weights = load_halves(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
-            elif GATE == ALTERNATING:
-                weights = load_weights(w, w_steps, expert, 2 * column, depth, LAYOUT, 2 * INNER, WIDTH, WIDE, BK)
-            else:
-                weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
-            acc = tl.dot(x, weights, acc, input_precision="ieee")
-            if GATE == SEPARATE:
-                weights = load_weights(up_w, up_steps, expert, column, depth, UP_LAYOUT, INNER, WIDTH, BN, BK)
-                up = tl.dot(x, weights, up, input_precision="ieee")
-
-        index = column + tl.arange(0, BN)
-        keep = inside[:, None] & (index < INNER)[None, :]
-        if GATE == ALTERNATING:
-            wide = 2 * column + tl.arange(0, WIDE)
-            if BIAS:
-                acc += load_bias(b1_ptr, b1_steps, expert, wide, 2 * INNER)[None, :]
-            if KEEP:
-                place = pre_ptr + row.to(tl.int64)[:, None] * (2 * INNER) + wide[None, :]
-                among = inside[:, None] & (wide < 2 * INNER)[None, :]
-                tl.store(place, acc.to(pre_ptr.dtype.element_ty), mask=among)
-            gate, up = tl.split(acc.reshape(BM, BN, 2))
-        else:
-            gate = acc
-            if GATE == HALVES:
-                gate, up = halves(acc)
-                if UP_AT == 0:
-                    gate, up = up, gate
-            COLUMNS: tl.constexpr = INNER if GATE == PLAIN else 2 * INNER
-            if BIAS:
-                gate += load_bias(b1_ptr, b1_steps, expert, GATE_AT + index, GATE_AT + INNER)[None, :]
-                if GATE != PLAIN:
-                    up += load_bias(b1_ptr, b1_steps, expert, UP_AT + index, UP_AT + INNER)[None, :]
-            if KEEP:
-                place = pre_ptr + row.to(tl.int64)[:, None] * COLUMNS + index[None, :]
-                tl.store(place + GATE_AT, gate.to(pre_ptr.dtype.element_ty), mask=keep)
-                if GATE != PLAIN:
-                    tl.store(place + UP_AT, up.to(pre_ptr.dtype.element_ty), mask=keep)
-        if HIDDEN:
-            numbers = (tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), tl.cast(shift, tl.float32))
-            if GATE == PLAIN:
-                h = plain_hidden(gate, numbers, ACTIVATION, LIMITED)
-            else:
-                h = gated_hidden(gate, up, numbers, ACTIVATION, LIMITED)
-            if SCORE == "hidden":
-                h = h * weight[:, None]
-            place = h_ptr + row.to(tl.int64)[:, None] * h_steps[0] + index[None, :]
-            tl.store(place, h.to(h_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -212,48 +118,6 @@ def _combine_kernel(
 # -------------------------------------------------------------------------------------------- host
 
 
-def first(
-    spec: ExpertSpec, w1: Sequence[Tensor], b1: Tensor | None, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None,
-    h: Tensor | None, configs: Sequence[Tile],
-) -> None:  # fmt: skip
-    """Fills h (T * K, I), and the first product `pre` (T * K, halves * I), row by row of the plan, each where wanted.
-
-    Args:
-        spec: the formula of an expert.
-        w1: (E, halves * I, l), or two of (E, I, l) with gate "separate", any strides.
-        b1: (E, halves * I).
-        z: (T, l), rows of unit stride.
-        plan: of the call.
-        p: (T * K), contiguous.
-        pre: contiguous, columns as those of w1, one tensor after the other.
-        h: rows of unit stride.
-        configs: ways to run the kernel, fastest first; with a gate they compute two columns for each hidden one.
-    """
-    inner = w1[0].shape[1] * len(w1) // spec.halves
-    swapped = spec.gate == "half_swapped"
-
-    def arguments(config: Config) -> dict[str, Any]:
-        assert isinstance(config, Tile)
-        if spec.gate in ("half", "half_swapped"):
-            weights = [Weights.of_halves(w1[0], config.keys, config.depth)]
-        else:
-            columns = config.keys * 2 if spec.gate == "interleaved" else config.keys
-            weights = [Weights.of(w, columns, config.depth) for w in w1]
-        return {
-            "z_ptr": z, "z_steps": z.stride()[:1], "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows),
-            "w": weights[0].source, "w_steps": weights[0].steps, "LAYOUT": weights[0].layout,
-            "up_w": weights[-1].source, "up_steps": weights[-1].steps, "UP_LAYOUT": weights[-1].layout,
-            "b1_ptr": b1, "b1_steps": (0, 0) if b1 is None else b1.stride(), "p_ptr": p,
-            "pre_ptr": pre, "h_ptr": h, "h_steps": (0,) if h is None else h.stride()[:1],
-            "CHOICES": plan.choices, "WIDTH": z.shape[1], "INNER": inner,
-            "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner, "SCORE": spec.score,
-            "BIAS": b1 is not None, "KEEP": pre is not None, "HIDDEN": h is not None, "GROUP": config.group,
-            "BK": config.depth, **formula(spec),
-        }  # fmt: skip
-
-    launch(_first_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(inner, c.keys), arguments)
-
-
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """What `second` needs to pass gradients through weights on the input.
@@ -302,11 +166,7 @@ def second(
             "GROUP": config.group, "BK": config.depth,
         }  # fmt: skip
 
-    def grid(config: Config) -> int:
-        assert isinstance(config, Tile)
-        return config.programs or plan.bound(config.rows) * triton.cdiv(out, config.keys) * parts
-
-    launch(_second_kernel, configs, grid, arguments)
+    launch(_second_kernel, configs, grid_of(plan, out, parts), arguments)
 
 
 def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:
