@@ -36,12 +36,14 @@ class Facts:
         pairs: T * K.
         experts: E.
         processors: of the device.
+        room: bytes of shared memory that a program may have.
     """
 
     dtype: torch.dtype
     pairs: int
     experts: int
     processors: int
+    room: int
 
     @property
     def height(self) -> int:
@@ -49,70 +51,82 @@ class Facts:
         mean = self.pairs / self.experts
         return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 64 else 128
 
-    @property
-    def busy(self) -> int:
-        """Tiles of rows that are surely needed, if the routing is even."""
-        return max(min(self.experts, self.pairs), self.pairs // self.height)
-
     def parts(self, out: int, depth: int) -> int:
         """Into how many parts the sum of a product with `out` columns is cut so that all multiprocessors work."""
-        if self.height > 32:
+        if self.height > 32 or self.dtype == torch.float32:
             return 1
-        tile = self.narrow(out, 128)
-        programs = self.busy * triton.cdiv(out, tile.keys)
-        wanted = triton.cdiv(_PROGRAMS * self.processors, programs)
+        tile = second_tiles(self, out)[0]
+        wanted = triton.cdiv(_PROGRAMS * self.processors, self.tiles(out, tile.keys))
         return max(1, min(wanted, depth // (tile.depth * _LEAST_STEPS), _MOST_PARTS))
 
-    def narrow(self, out: int, depth: int) -> Tile:
-        """A low tile for streaming weights: as wide as leaves work for all multiprocessors."""
-        for columns in (128, 64, 32):
-            if self.busy * triton.cdiv(out, columns) >= _PROGRAMS * self.processors:
-                break
-        return Tile(self.height, columns, 4, 4, depth=depth, group=4)
+    def tiles(self, out: int, columns: int) -> int:
+        """Tiles of a product with `out` columns that are surely needed, if the routing is even."""
+        busy = max(min(self.experts, self.pairs), self.pairs // self.height)
+        return busy * triton.cdiv(out, columns)
+
+    def columns(self, out: int, most: int) -> int:
+        """Columns of a low tile: as wide, up to `most`, as leaves work for all multiprocessors."""
+        while most > 32 and self.tiles(out, most) < _PROGRAMS * self.processors:
+            most //= 2
+        return most
 
 
-# Where an expert has many rows. Choices of an H100 and an H200; elsewhere the first that fits runs.
+# All choices are for half precision on an H100, where Nemotron 3 Super with 8,192 and with 32 tokens was measured in
+# every way that examples/sweep_moe.py knows; elsewhere the first that fits runs. float32 is exact, not fast.
+_FLOAT32 = [Tile(32, 32, 4, 2, depth=32), Tile(16, 32, 4, 1, depth=16)]
+_LAST = Tile(16, 32, 4, 1, depth=32)
+# Shared memory that a program needs to keep a 128 x 256 tile's pipeline filled across tiles: what Hopper has.
+_SHARED_ROOM = 227 << 10
+
+
 def first_tiles(facts: Facts, inner: int, gated: bool) -> list[Tile]:
     """Ways to make the first product and its activation, fastest first; `inner` hidden columns, or two for each."""
+    wide = 2 if gated else 1
     if facts.dtype == torch.float32:
-        return [Tile(min(facts.height, 64), 32, 4, 2, depth=32), Tile(16, 16, 4, 1, depth=16)]
+        return _FLOAT32
     if facts.height <= 32:
-        tile = facts.narrow(inner, 128)
-        return [tile, dataclasses.replace(tile, keys=min(tile.keys, 64), stages=3), Tile(16, 32, 4, 1, depth=32)]
+        columns = facts.columns(inner, 128 // wide)
+        return [Tile(facts.height, columns, 4, stages, 128, 4) for stages in (5, 3)] + [_LAST]
     if facts.height == 64:
-        columns = 64 if gated else 128
-        return [Tile(64, columns, 4, 4), Tile(64, columns, 4, 2), Tile(16, 32, 4, 1, depth=32)]
-    # Two programs share a multiprocessor: one computes while the other writes its tile or waits for its first.
-    columns = 64 if gated else 128
-    return [Tile(128, columns, 4, 3), Tile(128, columns, 4, 2), Tile(64, 32, 4, 2), Tile(16, 32, 4, 1, depth=32)]
+        return [Tile(64, 128 // wide, 4, stages) for stages in (4, 2)] + [_LAST]
+    # Products of 128 x 256 are bound by what the L2 cache delivers to a multiprocessor; narrower ones read more.
+    tiles = [Tile(128, 128 // wide, 4, stages) for stages in (3, 2)] + [_LAST]
+    if facts.room >= _SHARED_ROOM:
+        return [Tile(128, 256 // wide, 8, stages, programs=facts.processors) for stages in (4, 3)] + tiles
+    return tiles
 
 
 def second_tiles(facts: Facts, out: int) -> list[Tile]:
     """Ways to make the second product, or the gradient of the rows that entered the first, fastest first."""
     if facts.dtype == torch.float32:
-        return [Tile(min(facts.height, 64), 32, 4, 2, depth=32), Tile(16, 16, 4, 1, depth=16)]
+        return _FLOAT32
     if facts.height <= 32:
-        tile = facts.narrow(out, 128)
-        return [tile, dataclasses.replace(tile, keys=min(tile.keys, 64), stages=3), Tile(16, 32, 4, 1, depth=32)]
+        columns = facts.columns(out, 64)
+        programs = _PROGRAMS * facts.processors
+        programs = programs if facts.tiles(out, columns) > 2 * programs else 0
+        return [Tile(facts.height, columns, 4, stages, 128, 4, programs) for stages in (3, 2)] + [_LAST]
     if facts.height == 64:
-        return [Tile(64, 128, 4, 4), Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
-    return [Tile(128, 128, 4, 3), Tile(128, 128, 4, 2), Tile(64, 64, 4, 2), Tile(16, 32, 4, 1, depth=32)]
+        return [Tile(64, 128, 4, 4), Tile(64, 128, 4, 2), _LAST]
+    tiles = [Tile(128, 128, 4, stages) for stages in (3, 2)] + [_LAST]
+    return [Tile(128, 256, 8, 4), *tiles] if facts.room >= _SHARED_ROOM else tiles
 
 
 def hidden_tiles(facts: Facts) -> list[Tile]:
     """Ways to make the gradient of the first product, fastest first; all of as many columns."""
     if facts.dtype == torch.float32:
-        return [Tile(min(facts.height, 32), 32, 4, 1, depth=32), Tile(16, 32, 4, 1, depth=16)]
+        return _FLOAT32
+    # Two programs share a multiprocessor: one computes while the other writes its tile.
     rows = max(facts.height, 64)
-    return [Tile(rows, 128, 8, 4), Tile(rows, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 128, 4, 1, depth=32)]
+    return [Tile(rows, 128, 4, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
 
 
 def outer_tiles(facts: Facts) -> list[Tile]:
     """Ways to make the gradient of weights, fastest first."""
     if facts.dtype == torch.float32:
         return [Tile(32, 32, 4, 2, depth=32), Tile(16, 16, 4, 1, depth=16)]
+    # Three programs share a multiprocessor: an expert's rows make short sums, between which there is much to wait for.
     depth = 64 if facts.pairs > 64 * facts.experts else 32
-    return [Tile(128, 128, 8, 4, depth), Tile(128, 128, 8, 3, depth), Tile(64, 64, 4, 2, depth=32)]
+    return [Tile(128, 128, 4, stages, depth) for stages in (3, 2)] + [Tile(64, 64, 4, 2, depth=32)]
 
 
 def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -179,7 +193,9 @@ def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
         tiles = second_tiles(facts, width)
         if scored:
-            tiles = [tile for tile in tiles if tile.keys == tiles[0].keys]
+            # Wider tiles would spill, and shares are counted in blocks of the same width.
+            columns = min(tiles[0].keys, 128)
+            tiles = [tile for tile in tiles if tile.keys == columns]
             share = _share(pairs, width, tiles[0], z)
         scores = triton_moe_second.Scored(z, weights, share) if scored else None
         triton_moe_second.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
@@ -232,13 +248,16 @@ def facts_of(experts: Experts, z: Tensor, ids: Tensor) -> Facts:
             f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
             "as it is (options={'disable': ['moe']})"
         )
-    return Facts(z.dtype, ids.numel(), experts.w2.shape[0], _processors(z.device))
+    return Facts(z.dtype, ids.numel(), experts.w2.shape[0], *_device(z.device))
 
 
 @functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """Multiprocessors; where there is no GPU and kernels are interpreted, enough for small calls to be split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and a program's shared memory; of a small GPU where there is none and kernels are interpreted."""
+    if device.type != "cuda":
+        return 4, 48 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def _unit_rows(x: Tensor) -> Tensor:

@@ -112,16 +112,15 @@ def _hidden_kernel(
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCORE != "input":
             factor = tl.load(p_ptr + pair).to(tl.float32)
-        # In two halves: what all columns need at once does not fit the registers.
+        # In quarters: what all columns need at once does not fit the registers.
         left, right = halves(dh)
-        share = _through(
-            left, factor, numbers, row, inside, column, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps, INNER, GATE_AT,
-            UP_AT, TO_GATE, TO_UP, ACTIVATION, GATE, LIMITED, HIDDEN,
-        )  # fmt: skip
-        share += _through(
-            right, factor, numbers, row, inside, column + BN // 2, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps,
-            INNER, GATE_AT, UP_AT, TO_GATE, TO_UP, ACTIVATION, GATE, LIMITED, HIDDEN,
-        )  # fmt: skip
+        parts = halves(left) + halves(right)
+        share = tl.zeros((BM,), tl.float32)
+        for i in tl.static_range(4):
+            share += _through(
+                parts[i], factor, numbers, row, inside, column + i * (BN // 4), pre_ptr, dpre_ptr, dpre_steps, h_ptr,
+                h_steps, INNER, GATE_AT, UP_AT, TO_GATE, TO_UP, ACTIVATION, GATE, LIMITED, HIDDEN,
+            )  # fmt: skip
         if SCORE != "input":
             tl.store(share_ptr + pair.to(tl.int64) * blocks + block, share, mask=inside)
 

@@ -175,7 +175,9 @@ def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:
     The sum is made in float32, in an order that depends on nothing but K, and rounded once.
     """
     parts, pairs, width = y.shape
-    config = Config(min(8, triton.next_power_of_2(plan.choices)), min(512, triton.next_power_of_2(width)), 4, 1)
+    # All of a token's rows at once: the more loads are on their way, the better.
+    rows = min(32, triton.next_power_of_2(plan.choices))
+    config = Config(rows, min(1024, 8192 // rows, triton.next_power_of_2(width)), 4, 1)
     launch(
         _combine_kernel, [config], lambda c: out.shape[0] * triton.cdiv(width, c.keys),
         lambda _: {

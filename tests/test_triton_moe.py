@@ -154,12 +154,15 @@ def test_experts_kernels_in_the_interpreter(name: str, report: dict[str, str]) -
 
 @settings(max_examples=60)
 @given(tokens=st.integers(1, 100_000), choices=st.integers(1, 22), experts=st.integers(1, 600),
-       width=st.integers(1, 8000), dtype=st.sampled_from((torch.bfloat16, torch.float32)))  # fmt: skip
-def test_tiles_and_parts_fit_the_call(tokens: int, choices: int, experts: int, width: int, dtype: torch.dtype) -> None:
+       width=st.integers(1, 8000), dtype=st.sampled_from((torch.bfloat16, torch.float32)),
+       room=st.sampled_from((48 << 10, 227 << 10)))  # fmt: skip
+def test_tiles_and_parts_fit_the_call(
+    tokens: int, choices: int, experts: int, width: int, dtype: torch.dtype, room: int
+) -> None:
     pytest.importorskip("triton")
     from s2o_inductor.kernels import cuda_moe
 
-    facts = cuda_moe.Facts(dtype, tokens * choices, experts, 132)
+    facts = cuda_moe.Facts(dtype, tokens * choices, experts, 132, room)
     assert 1 <= facts.parts(width, width) <= max(1, width // 64)
     for tiles in (
         cuda_moe.first_tiles(facts, width, True), cuda_moe.second_tiles(facts, width), cuda_moe.hidden_tiles(facts),
