@@ -26,7 +26,7 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
     """Each kernel of a call by itself, as a function of its tile and the parts of its sum."""
     spec, pairs = call.model.spec, call.ids.numel()
     experts = Experts.of(spec, call.w1, call.w2, None, None, None)
-    plan, p = Plan.of(call.ids, call.w1.shape[0]), call.p.view(-1)
+    plan, p = Plan.of(call.ids, call.w1.shape[0], 16), call.p.view(-1)
     h, pre = rows_like(call.z, pairs, call.model.inner), rows_like(call.z, pairs, experts.columns)
     rows, x, dw = Rows(pre), Rows(call.z, by_token=True), torch.empty_like(call.w1)
 
@@ -98,11 +98,12 @@ def fits(run: Callable[[], Any]) -> Any:
 
 def sweep(call: Call, facts: cuda_moe.Facts, measure: Callable[..., float]) -> list[dict[str, Any]]:
     """What ordering and combining take, and the best ways to run each kernel of one call, fastest first."""
-    experts, plan = call.w1.shape[0], Plan.of(call.ids, call.w1.shape[0])
+    experts, rows_each = call.w1.shape[0], facts.height
+    plan = Plan.of(call.ids, experts, rows_each)
     y = torch.randn(1, call.ids.numel(), call.model.width, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(call.z)
     rows: list[dict[str, Any]] = [
-        {"kernel": "plan", "us": measure(lambda: Plan.of(call.ids, experts).tiles(facts.height))},
+        {"kernel": "plan", "us": measure(lambda: Plan.of(call.ids, experts, rows_each).tiles(rows_each))},
         {"kernel": "combine", "us": measure(lambda: triton_moe_second.combine(y, call.p.view(-1), plan, out))},
     ]
     stages = stages_of(call)

@@ -147,7 +147,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         facts = facts_of(experts, z, ids)
         spec, pairs, width = experts.spec, ids.numel(), z.shape[1]
         inner = experts.w2.shape[2]
-        plan = Plan.of(ids, facts.experts)
+        plan = Plan.of(ids, facts.experts, facts.height)
         z, weights = _unit_rows(z), p.reshape(-1).contiguous()
         h = rows_like(z, pairs, inner)
         _first(experts, z, plan, weights, kept if keep else None, h, facts)
@@ -174,7 +174,7 @@ def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, 
 def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
     facts, spec, pairs = facts_of(experts, z, ids), experts.spec, ids.numel()
     inner, width = experts.w2.shape[2], z.shape[1]
-    plan = Plan.of(ids, facts.experts)
+    plan = Plan.of(ids, facts.experts, facts.height)
     weights = p.reshape(-1).contiguous()
     if kept.shape[0] == 0:
         kept = torch.empty((pairs, experts.columns), dtype=z.dtype, device=z.device)

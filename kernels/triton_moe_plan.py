@@ -23,7 +23,7 @@ from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
 
 # Choices up to which one launch that compares all with all beats a sort of several.
 _RANKED_CHOICES = 2048
-# Choices that a program ranks, and numbers of experts whose first row it finds.
+# Choices that a program ranks, or experts whose first row and tiles it finds.
 _RANKED_TOGETHER = 16
 # Sort keys of 16 bits take half the passes of 32.
 _NARROW_EXPERTS = torch.iinfo(torch.int16).max
@@ -41,12 +41,13 @@ def _keys_kernel(ids_ptr, ids_steps, keys_ptr, pairs, CHOICES: tl.constexpr, EXP
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, pairs, CHOICES: tl.constexpr,
-                 EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """`_keys_kernel`, a stable sort and the first row of each expert for at most BN choices, in one launch.
+def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, tiles_ptr, pairs, CHOICES: tl.constexpr,
+                 EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr):  # fmt: skip
+    """`_keys_kernel`, a stable sort, `_tiles_kernel` and the first row of each expert for at most BN choices, at once.
 
     The row of a choice is how many come before it, so every program counts by itself. The first
-    programs do so for BM choices each, the others for BM numbers of experts.
+    programs do so for BM choices each, the others for BM experts.
     """
     other = tl.arange(0, BN)
     place = (other // CHOICES).to(tl.int64) * ids_steps[0] + (other % CHOICES).to(tl.int64) * ids_steps[1]
@@ -62,9 +63,23 @@ def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, pairs, CHO
         tl.store(order_ptr + row, pair, mask=pair < pairs)
         tl.store(keys_ptr + pair, own // BN, mask=pair < pairs)
     else:
-        index = (tl.program_id(0) - blocks) * BM + tl.arange(0, BM)
-        first = tl.sum((number[None, :] < index[:, None] * BN).to(tl.int32), 1)
-        tl.store(firsts_ptr + index, first, mask=index <= EXPERTS)
+        mine = (tl.program_id(0) - blocks) * BM + tl.arange(0, BM)
+        bins = tl.arange(0, BINS)
+        rows = tl.histogram(expert, BINS, mask=(other < pairs) & (expert < EXPERTS))
+        needed = (rows + ROWS - 1) // ROWS
+        earlier = bins[None, :] < mine[:, None]
+        same = bins[None, :] == mine[:, None]
+        first = tl.sum(tl.where(earlier, rows[None, :], 0), 1)
+        tl.store(firsts_ptr + mine, first, mask=mine <= EXPERTS)
+        end = first + tl.sum(tl.where(same, rows[None, :], 0), 1)
+        before = tl.sum(tl.where(earlier, needed[None, :], 0), 1)
+        count = tl.sum(tl.where(same, needed[None, :], 0), 1)
+        for tile in tl.range(0, tl.max(count, 0)):
+            entry = tiles_ptr + (1 + before + tile) * 4
+            tl.store(entry, mine, mask=tile < count)
+            tl.store(entry + 1, first + tile * ROWS, mask=tile < count)
+            tl.store(entry + 2, end, mask=tile < count)
+        tl.store(tiles_ptr + mine * 0, before, mask=mine == EXPERTS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -112,22 +127,26 @@ class Plan:
     made: dict[int, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, ids: Tensor, experts: int) -> Plan:
+    def of(cls, ids: Tensor, experts: int, rows: int) -> Plan:
         """The plan of ids (T, K), of any integer dtype and strides; T * K is at least 1.
 
         A sort of T * K keys takes some tens of microseconds from 100,000 to a million of them, where
-        the products that follow take milliseconds. Up to 2,048 choices one launch does it all.
+        the products that follow take milliseconds. Up to 2,048 choices one launch does it all, tiles of `rows` rows
+        included.
         """
         pairs, choices = ids.numel(), ids.shape[1]
         sizes = {"ids_ptr": ids, "ids_steps": ids.stride(), "pairs": pairs, "CHOICES": choices, "EXPERTS": experts}
         if pairs <= _RANKED_CHOICES and experts < _NARROW_EXPERTS:
             keys, order = (torch.empty(pairs, dtype=torch.int32, device=ids.device) for _ in range(2))
             firsts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+            plan = cls(choices, experts, keys, order, firsts)
+            plan.made[rows] = tiles = torch.empty((1 + plan.bound(rows), 4), dtype=torch.int32, device=ids.device)
+            results = {"keys_ptr": keys, "order_ptr": order, "firsts_ptr": firsts, "tiles_ptr": tiles}
+            sizes.update(BINS=max(16, triton.next_power_of_2(experts + 1)), ROWS=rows)
             config = Config(_RANKED_TOGETHER, max(16, triton.next_power_of_2(pairs)), 4, 1)
             blocks = triton.cdiv(pairs, config.rows) + triton.cdiv(experts + 1, config.rows)
-            results = {"keys_ptr": keys, "order_ptr": order, "firsts_ptr": firsts}
             launch(_rank_kernel, [config], lambda _: blocks, lambda _: {**sizes, **results})
-            return cls(choices, experts, keys, order, firsts)
+            return plan
         kind = torch.int16 if experts < _NARROW_EXPERTS else torch.int32
         keys = torch.empty(pairs, dtype=kind, device=ids.device)
         launch(

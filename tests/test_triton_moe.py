@@ -83,16 +83,17 @@ def check_sorted_plan() -> None:
     from s2o_inductor.kernels import triton_moe_plan as plans
 
     made = leaves(case("choices outside"))
-    ranked, first = plans.Plan.of(made.ids, 5), made.run(moe_experts)
+    ranked, first = plans.Plan.of(made.ids, 5, 16), made.run(moe_experts)
     most, plans._RANKED_CHOICES = plans._RANKED_CHOICES, 0
     try:
-        found, second = plans.Plan.of(made.ids, 5), made.run(moe_experts)
+        found, second = plans.Plan.of(made.ids, 5, 16), made.run(moe_experts)
     finally:
         plans._RANKED_CHOICES = most
     for name in ("keys", "order", "firsts"):
         assert torch.equal(getattr(found, name).long(), getattr(ranked, name).long()), name
-    tiles = found.tiles(16)
-    assert torch.equal(tiles, ranked.tiles(16)) and int(tiles[0, 0]) <= found.bound(16) == tiles.shape[0] - 1
+    for rows in (16, 32):
+        tiles = found.tiles(rows)
+        assert torch.equal(tiles, ranked.tiles(rows)) and int(tiles[0, 0]) <= found.bound(rows) == tiles.shape[0] - 1
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
