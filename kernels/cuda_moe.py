@@ -21,7 +21,9 @@ from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import Tile, rows_like
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Programs per multiprocessor that keep memory busy, and steps of the sum below which a part is not worth a program.
+# Tiles per multiprocessor from which on none waits for the last ones for long, programs that keep memory busy, and
+# steps of a sum below which a part of it is not worth a program.
+_TILES = 4
 _PROGRAMS = 2
 _LEAST_STEPS = 4
 _MOST_PARTS = 8
@@ -56,7 +58,7 @@ class Facts:
         if self.height > 32 or self.dtype == torch.float32:
             return 1
         tile = second_tiles(self, out)[0]
-        wanted = triton.cdiv(_PROGRAMS * self.processors, self.tiles(out, tile.keys))
+        wanted = triton.cdiv(_TILES * self.processors, self.tiles(out, tile.keys))
         return max(1, min(wanted, depth // (tile.depth * _LEAST_STEPS), _MOST_PARTS))
 
     def tiles(self, out: int, columns: int) -> int:
@@ -66,7 +68,7 @@ class Facts:
 
     def columns(self, out: int, most: int) -> int:
         """Columns of a low tile: as wide, up to `most`, as leaves work for all multiprocessors."""
-        while most > 32 and self.tiles(out, most) < _PROGRAMS * self.processors:
+        while most > 32 and self.tiles(out, most) < _TILES * self.processors:
             most //= 2
         return most
 
