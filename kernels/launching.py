@@ -21,6 +21,8 @@ UNSPECIALIZED = [
     # Of the sparse kernels: positions and tiles, places in their tables, and the density as a fraction.
     "window", "sink", "first_tile", "tile0", "count", "tiles", "base", "room", "places", "segments", "blocks",
     "groups", "numerator", "denominator",
+    # Of routed experts: choices in all.
+    "pairs",
 ]  # fmt: skip
 # What heads that run side by side read should stay in the L2 cache of a data-centre GPU.
 _CACHED_BYTES = 32 << 20

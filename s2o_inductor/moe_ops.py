@@ -10,6 +10,7 @@ shapes, never from the routing: no host synchronisation, no data-dependent size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from s2o_inductor.ops import NAMESPACE, observed
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Device types on which the pass puts experts in place of a model's own. CUDA has kernels; it joins this list when
+# they are measured to be no slower than what they replace.
+ROUTED_DEVICES = ("cpu",)
 _OPERANDS = "Tensor z, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor ids, Tensor p"
 
 torch.library.define(
@@ -97,8 +101,13 @@ def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether `moe_experts` runs on a device in this version."""
-    return device.type == "cpu"
+    """Whether `moe_experts` runs on a device in this version; on CUDA in all dtypes but float64, and with Triton."""
+    return device.type in ("cpu", "cuda")
+
+
+def is_routed(device: torch.device) -> bool:
+    """Whether the pass replaces experts on a device; see `ROUTED_DEVICES`."""
+    return device.type in ROUTED_DEVICES
 
 
 def check_operands(
@@ -152,8 +161,8 @@ def _impl(
     check_operands(z, w1, w2, w3, b1, b2, ids, p, formula)
     _need_kernel(z.device)
     if site and observed.get(site) is None:
-        observed[site] = ("cpu-grouped", "")
-    return moe_cpu.forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
+        observed[site] = ("triton" if z.is_cuda else "cpu-grouped", "")
+    return _kernels(z.device).forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
 
 
 def _backward_impl(
@@ -168,7 +177,7 @@ def _backward_impl(
     into = [x if needed and x.numel() else None for x, needed in zip(empty, wanted, strict=True)]
     weights = [x.mT if x is not None and formula.transposed else x for x in into[1:4]]
     first = (weights[0],) if w3 is None else (weights[0], weights[2])
-    moe_cpu.backward(
+    _kernels(z.device).backward(
         moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), grad, z, ids, p, kept,
         moe_cpu.Gradients(into[0], first, weights[1], into[4], into[5], into[6]),
     )  # fmt: skip
@@ -181,6 +190,17 @@ def _need_kernel(device: torch.device) -> None:
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
             "(options={'disable': ['moe']})"
         )
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module whose `forward` and `backward` run on a device."""
+    from s2o_inductor.kernels import moe_cpu
+
+    if device.type != "cuda":
+        return moe_cpu
+    from s2o_inductor.kernels import cuda_moe
+
+    return cuda_moe
 
 
 def _gradients(

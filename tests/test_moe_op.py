@@ -46,7 +46,7 @@ class Problem:
         """The output and the gradient of every operand."""
         optional = {"w3": self.w3, "b1": self.b1, "b2": self.b2}
         output = function(self.z, self.w1, self.w2, self.ids, self.p, spec=self.spec, **optional, **more)
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
         names, leaves = zip(*self.tensors().items(), strict=True)
         return {"output": output.detach(), **dict(zip(names, torch.autograd.grad(output, leaves, grad), strict=True))}
 
