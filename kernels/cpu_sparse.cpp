@@ -6,27 +6,24 @@
 // Scores, peaks and log-sums are in units of log 2: the factor log2(e) is folded into the queries.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <exception>
-#include <new>
-#include <thread>
 #include <vector>
 
+#include "cpu_groups.h"
 #include "cpu_rank.h"
 #include "cpu_softmax.h"
+#include "cpu_threads.h"
 #include "cpu_vectors.h"
 
 // Filled by kernels/cpu_sparse.py, which mirrors it field by field. Strides count elements; the last dimension of
 // q, k and v has stride 1.
 struct Problem {
   const float *q, *k, *v;              // (B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)
-  const float *tail_k, *tail_spread;   // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
-                                       // keys over 2 log2(e)
-  const float* tail_v;                 // (B, Hkv, P, Dv)
-  const int32_t* member;               // (B, Hkv, whole blocks x block): the group of each key
+  float *tail_k, *tail_spread;         // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
+                                       // keys over 2 log2(e); made here, like the next two
+  float* tail_v;                       // (B, Hkv, P, Dv)
+  int32_t* member;                     // (B, Hkv, whole blocks x block): the group of each key
   const uint8_t* keys;                 // (B, Sk), or null
   const float* budgets;                // (Hq,)
   float *output, *lse, *tail;          // (B, Sq, Hq, Dv), (B, Hq, Sq), (B, Hq, tiles)
@@ -34,7 +31,8 @@ struct Problem {
   int64_t q_strides[3], k_strides[3], v_strides[3];
   int64_t batch, heads, kv_heads, queries, length, width, value_width;
   int64_t causal, window;  // a window of 0 is none
-  int64_t tile, sink, bundle, horizon, sub_means, smoothing, block, clusters;  // without clusters the tail is dropped
+  int64_t tile, sink, bundle, horizon, sub_means, smoothing, block, rounds;
+  int64_t clusters;  // without them the tail is dropped
   int64_t threads;
   double scale, max_density, limit;  // the limit in units of log 2
 };
@@ -43,10 +41,12 @@ namespace {
 
 using namespace s2o;
 
+constexpr double kLog2E = 1.4426950408889634;
+
 class Worker {
  public:
   explicit Worker(const Problem& p)
-      : p_(p), group_(p.heads / p.kv_heads), factor_(static_cast<float>(p.scale * 1.4426950408889634)) {}
+      : p_(p), group_(p.heads / p.kv_heads), factor_(static_cast<float>(p.scale * kLog2E)) {}
   void run(int64_t b, int64_t kv_head, int64_t t, int64_t start, int64_t end, int64_t tiles);
 
  private:
@@ -269,35 +269,41 @@ void Worker::write(int64_t t, int64_t tiles) {
   }
 }
 
+// The groups of all keys of whole blocks; false when memory ran out.
+bool make_groups(const Problem& p) {
+  const int64_t whole = p.clusters ? p.length / p.block : 0;
+  return on_threads(p.threads, p.batch * p.kv_heads * whole, [&]() {
+    // Queries carry the scale and log2(e), which the second-order term must hold once.
+    const auto factor = static_cast<float>(0.5 / kLog2E);
+    return [&p, whole, grouper = Grouper(p.block, p.width, p.value_width, p.clusters, p.rounds, factor)](
+               int64_t task) mutable {
+      const int64_t head = task / whole, block = task % whole, b = head / p.kv_heads, h = head % p.kv_heads;
+      const int64_t from = block * p.block, first = block * p.clusters, at = task * p.clusters;
+      grouper.group({p.k + b * p.k_strides[0] + h * p.k_strides[1] + from * p.k_strides[2],
+                     p.v + b * p.v_strides[0] + h * p.v_strides[1] + from * p.v_strides[2], p.k_strides[2],
+                     p.v_strides[2], p.keys ? p.keys + b * p.length + from : nullptr, static_cast<int32_t>(first),
+                     p.member + task * p.block, p.tail_k + at * p.width, p.tail_spread + at * p.width,
+                     p.tail_v + at * p.value_width});
+    };
+  });
+}
+
+// Attention; false when memory ran out. Tiles with the longest prefix come first, and the result of a tile does not
+// depend on who computes it.
+bool attend(const Problem& p) {
+  const int64_t before = p.length - p.queries, first = before / p.tile;
+  const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, heads = p.batch * p.kv_heads;
+  return on_threads(p.threads, heads * tiles, [&]() {
+    return [&, worker = Worker(p)](int64_t task) mutable {
+      const int64_t t = tiles - 1 - task / heads, head = task % heads;
+      const int64_t start = std::max(before, (first + t) * p.tile);
+      const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
+      worker.run(head / p.kv_heads, head % p.kv_heads, t, start, end, tiles);
+    };
+  });
+}
+
 }  // namespace
 
-// 0, or 1 when memory ran out. Tiles are handed out one by one, those with the longest prefix first; a tile's result
-// does not depend on who computes it. Threads live for one call, so that a process may fork between calls.
-extern "C" int s2o_cpu_sparse(const Problem* problem) {
-  const Problem& p = *problem;
-  const int64_t before = p.length - p.queries, first = before / p.tile;
-  const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, tasks = p.batch * p.kv_heads * tiles;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  const auto work = [&]() {
-    try {
-      Worker worker(p);
-      for (int64_t task; !failed && (task = next++) < tasks;) {
-        const int64_t t = tiles - 1 - task / (p.batch * p.kv_heads), pair = task % (p.batch * p.kv_heads);
-        const int64_t start = std::max(before, (first + t) * p.tile);
-        const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
-        worker.run(pair / p.kv_heads, pair % p.kv_heads, t, start, end, tiles);
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-  };
-  std::vector<std::thread> threads;
-  try {
-    for (int64_t i = 1; i < std::min(p.threads, tasks); ++i) threads.emplace_back(work);
-  } catch (const std::exception&) {  // no more threads to be had: the work is done by those there are
-  }
-  work();
-  for (std::thread& thread : threads) thread.join();
-  return failed ? 1 : 0;
-}
+// 0, or 1 when memory ran out.
+extern "C" int s2o_cpu_sparse(const Problem* problem) { return make_groups(*problem) && attend(*problem) ? 0 : 1; }

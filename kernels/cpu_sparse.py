@@ -21,7 +21,6 @@ from torch import Tensor
 from s2o_inductor.kernels import cpu_sparse_torch, native
 from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
 from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of
-from s2o_inductor.kernels.tail_groups import Groups, tail_groups
 from s2o_inductor.sparse_policy import Geometry
 
 
@@ -66,9 +65,8 @@ def forward(
     wide_q, wide_k, wide_v = (x.to(wide) for x in (q, k, v))
     if keys is not None:
         wide_k, wide_v = (x.masked_fill(~keys[:, None, :, None], 0.0) for x in (wide_k, wide_v))
-    groups = None
-    if geometry.clusters and 0 not in (*q.shape, *k.shape):
-        groups = tail_groups(wide_k, wide_v, None if keys is None else ~keys[:, None], geometry)
+    if not any(budgets) and max_density == 1.0:  # nothing is skipped, so nothing need stand in for it
+        geometry = dataclasses.replace(geometry, clusters=0)
     library = None if wide == torch.float64 or 0 in q.shape[:3] else native.library("cpu_sparse")
     run = cpu_sparse_torch.run if library is None else _Native(library)
     batch, heads, queries, _ = q.shape
@@ -78,7 +76,7 @@ def forward(
     tail = torch.empty(batch, heads, tiles, dtype=wide)
     bundles, pairs, visible = (torch.empty(batch, heads, tiles, dtype=torch.int64) for _ in range(3))
     result = Sparse(output, lse, bundles, tail, pairs, visible)
-    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, geometry, groups)
+    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, geometry)
     return dataclasses.replace(
         result, output=heads_last(output.to(q.dtype)), pairs=pairs.sum(dim=2), visible=visible.sum(dim=2)
     )
@@ -125,7 +123,7 @@ class _Problem(ctypes.Structure):
         ),
         *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
         *_fields("batch heads kv_heads queries length width value_width causal window", ctypes.c_int64),
-        *_fields("tile sink bundle horizon sub_means smoothing block clusters threads", ctypes.c_int64),
+        *_fields("tile sink bundle horizon sub_means smoothing block rounds clusters threads", ctypes.c_int64),
         *_fields("scale max_density limit", ctypes.c_double),
     ]
 
@@ -138,24 +136,19 @@ class _Native:
 
     def __call__(
         self, result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-        window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
+        window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry,
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        tail: dict[str, Tensor | None] = dict.fromkeys(("tail_k", "tail_spread", "tail_v", "member"))
-        if groups is not None:
-            # The kernel's queries carry the scale and log2(e), which the second-order term must hold once.
-            spread = groups.variance / (2 * math.log2(math.e))
-            tail = {
-                "tail_k": groups.k.contiguous(),
-                "tail_spread": spread.contiguous(),
-                "tail_v": groups.v.contiguous(),
-                "member": groups.member.int().contiguous(),
-            }
+        heads, whole = k.shape[:2], k.shape[2] // geometry.block
+        groups = (*heads, whole * geometry.clusters)
         tensors = {
             "q": q,
             "k": k,
             "v": v,
-            **tail,
+            "tail_k": q.new_empty(*groups, q.shape[3]),
+            "tail_spread": q.new_empty(*groups, q.shape[3]),
+            "tail_v": q.new_empty(*groups, v.shape[3]),
+            "member": q.new_empty(*heads, whole * geometry.block, dtype=torch.int32),
             "keys": None if keys is None else keys.contiguous(),
             "budgets": torch.tensor(budgets, dtype=torch.float32),
             **{field.name: getattr(result, field.name) for field in dataclasses.fields(result)},
@@ -174,9 +167,8 @@ class _Native:
             window=window or 0,
             **{
                 name: getattr(geometry, name)
-                for name in ("tile", "sink", "bundle", "horizon", "sub_means", "smoothing", "block")
+                for name in ("tile", "sink", "bundle", "horizon", "sub_means", "smoothing", "block", "rounds", "clusters")
             },
-            clusters=0 if groups is None else geometry.clusters,
             threads=torch.get_num_threads(),
             scale=scale,
             max_density=max_density,

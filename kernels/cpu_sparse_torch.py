@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of, token_order, token_scores
-from s2o_inductor.kernels.tail_groups import Groups, tail_logits
+from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
 _HIDDEN = float("-inf")
@@ -69,13 +69,16 @@ class _Softmax:
 
 def run(
     result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-    window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
+    window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry,
 ) -> None:  # fmt: skip
     """Fills `result`, whose pairs and visible are per tile, (B, Hq, tiles).
 
     The arguments are those of `cpu_sparse.forward` but for q, k and v, which are float32 or float64, k and v with
-    zeros at hidden keys, for the budgets, one for each query head, and for the groups of keys, none without a tail.
+    zeros at hidden keys, and for the budgets, one for each query head.
     """
+    groups = None
+    if geometry.clusters and 0 not in (*q.shape, *k.shape):
+        groups = tail_groups(k, v, None if keys is None else ~keys[:, None], geometry)
     batch, heads, queries, _ = q.shape
     kv_heads, length = k.shape[1:3]
     group = heads // kv_heads

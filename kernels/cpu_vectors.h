@@ -137,17 +137,18 @@ inline bool is_finite(const float* row, int64_t width) {
 }
 
 // Memory of one thread, aligned for vectors; grows and is never cleared.
-class Buffer {
+template <class T>
+class Array {
  public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { release(); }
-  float* of(int64_t floats) {
-    if (floats > size_) {
+  Array() = default;
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { release(); }
+  T* of(int64_t count) {
+    if (count > size_) {
       release();
-      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t(64)));
-      size_ = floats;
+      data_ = static_cast<T*>(::operator new(sizeof(T) * count, std::align_val_t(64)));
+      size_ = count;
     }
     return data_;
   }
@@ -158,8 +159,9 @@ class Buffer {
     data_ = nullptr;
     size_ = 0;
   }
-  float* data_ = nullptr;
+  T* data_ = nullptr;
   int64_t size_ = 0;
 };
+using Buffer = Array<float>;
 
 }  // namespace s2o
