@@ -12,102 +12,106 @@
 
 namespace s2o {
 
-// The keys [0, length) of a prefix, in rows `stride` apart; `allowed` is null, or tells which may be seen.
+// Copies the rows of up to kKeys keys, `stride` apart, as columns (D, kKeys), zeros behind the last.
+inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t width, float* columns) {
+  if (count < kKeys) std::memset(columns, 0, sizeof(float) * width * kKeys);
+  for (int64_t from = 0; from < width; from += kLanes)  // what is read stays in L1 until the next keys need it
+    for (int64_t d = from; d < std::min(width, from + kLanes); ++d)
+      for (int64_t j = 0; j < count; ++j) columns[d * kKeys + j] = rows[j * stride + d];
+}
+
+// The keys [low, high) of a prefix, in columns as `transpose` makes them of each kKeys keys from the first on;
+// `allowed` is null, or tells which of all keys may be seen.
 struct Prefix {
-  const float* k;
-  int64_t stride, length, width;
+  const float* columns;
+  int64_t low, high, width;
   const uint8_t* allowed;
 };
 
 class Ranker {
  public:
-  // Room for the sub-mean queries, zeros: feature d of the i-th at [d * stride() + i].
+  // Room for the sub-mean queries (count, D), zeros.
   float* start(int64_t count, int64_t width) {
-    count_ = count, vectors_ = (count + kLanes - 1) / kLanes;
-    float* means = means_.of(width * stride());
-    std::memset(means, 0, sizeof(float) * width * stride());
+    count_ = count;
+    float* means = means_.of(count * width);
+    std::memset(means, 0, sizeof(float) * count * width);
     return means;
   }
-  int64_t stride() const { return vectors_ * kLanes; }
 
   // Sorts `order`, positions in the prefix by rising position, by falling score.
   void sort(const Prefix& prefix, int64_t smoothing, std::vector<int32_t>& order) {
-    sort_by_score(smooth(score(prefix), prefix.length, smoothing), order);
+    sort_by_score(smooth(score(prefix), prefix.high - prefix.low, smoothing), order);
   }
 
  private:
   float* score(const Prefix& prefix);
-  void weigh(const Prefix& prefix, int64_t chunk);
+  void weigh(const Prefix& prefix, int64_t chunk, float* logits, float* tops);
   float* smooth(const float* score, int64_t length, int64_t smoothing);
   void sort_by_score(const float* scores, std::vector<int32_t>& order);
 
-  int64_t count_ = 0, vectors_ = 0;
-  Buffer means_, weights_, peaks_, sums_, score_, smooth_;
+  int64_t count_ = 0;
+  Buffer means_, weights_, tops_, sums_, score_, smooth_;
+  std::vector<const float*> rows_;
   std::vector<int32_t> starts_;
   std::vector<uint64_t> entries_, swap_;
 };
 
-// The weights of one chunk of keys, relative to the peaks up to and with this chunk, and the sums so far relative to
-// the same peaks. `score` sets them right: so a score costs one exponential.
-inline void Ranker::weigh(const Prefix& prefix, int64_t chunk) {
-  const int64_t from = chunk * kKeys, count = std::min<int64_t>(kKeys, prefix.length - from);
-  const float* means = means_.of(0);
-  float *weight = weights_.of(0) + from * stride(), *sums = sums_.of(0);
-  float *before = peaks_.of(0) + chunk * stride(), *after = before + stride();
-  const float* rows[kKeys];
-  for (int64_t j = 0; j < count; ++j) rows[j] = prefix.k + (from + j) * prefix.stride;
-  int64_t c = 0;
-  for (; c + 4 <= vectors_; c += 4)
-    multiply_all<4>(rows, count, means + c * kLanes, stride(), prefix.width, weight + c * kLanes, stride());
-  for (; c + 2 <= vectors_; c += 2)
-    multiply_all<2>(rows, count, means + c * kLanes, stride(), prefix.width, weight + c * kLanes, stride());
-  if (c < vectors_)
-    multiply_all<1>(rows, count, means + c * kLanes, stride(), prefix.width, weight + c * kLanes, stride());
-  if (prefix.allowed)
-    for (int64_t j = 0; j < count; ++j)
-      if (!prefix.allowed[from + j]) std::fill_n(weight + j * stride(), stride(), kHidden);
-  for (c = 0; c < stride(); c += kLanes) {
-    Vec top = vec(before + c), sum = {};
-    for (int64_t j = 0; j < count; ++j) {
-      const Vec x = vec(weight + j * stride() + c);
+// The logits (sub-means, kKeys) of one chunk of keys, and with those before the largest of each sub-mean in each lane.
+inline void Ranker::weigh(const Prefix& prefix, int64_t chunk, float* logits, float* tops) {
+  const float* columns = prefix.columns + chunk * kKeys * prefix.width;
+  for (int64_t j = 0; j < kKeys; j += 2 * kLanes)  // eight sub-means are one block of rows
+    multiply_all<2>(rows_.data(), count_, columns + j, kKeys, prefix.width, logits + j, kKeys);
+  const int64_t from = chunk * kKeys;
+  if (prefix.allowed || from < prefix.low || from + kKeys > prefix.high)
+    for (int64_t j = 0; j < kKeys; ++j) {
+      const int64_t key = from + j;
+      if (key >= prefix.low && key < prefix.high && (!prefix.allowed || prefix.allowed[key])) continue;
+      for (int64_t i = 0; i < count_; ++i) logits[i * kKeys + j] = kHidden;
+    }
+  for (int64_t i = 0; i < count_; ++i) {
+    Vec top = vec(tops + i * kLanes);
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+      const Vec x = vec(logits + i * kKeys + j);
       top = x > top ? x : top;
     }
-    vec(after + c) = top;
-    const Vec base = top == splat(kHidden) ? Vec{} : top;
-    for (int64_t j = 0; j < count; ++j) {
-      Vec& x = vec(weight + j * stride() + c);
-      x = exp2_of(x - base);
-      sum += x;
-    }
-    vec(sums + c) = vec(sums + c) * exp2_of(vec(before + c) - base) + sum;
+    vec(tops + i * kLanes) = top;
   }
 }
 
 // The mean over sub-means of their softmax over the prefix, up to a factor.
 inline float* Ranker::score(const Prefix& prefix) {
-  const int64_t chunks = (prefix.length + kKeys - 1) / kKeys;
-  float *peaks = peaks_.of((chunks + 1) * stride()), *sums = sums_.of(stride());
-  float *weight = weights_.of(prefix.length * stride()), *score = score_.of(prefix.length);
-  std::fill_n(peaks, stride(), kHidden);
-  std::fill_n(sums, stride(), 0.0f);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) weigh(prefix, chunk);
-  for (int64_t i = 0; i < stride(); ++i) sums[i] = i < count_ ? 1.0f / sums[i] : 0.0f;
-  const float* last = peaks + chunks * stride();
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    float* factor = peaks + chunk * stride();  // no longer needed as peaks
-    const float* peak = factor + stride();
-    for (int64_t c = 0; c < stride(); c += kLanes) {
-      // No peak yet means that no key could be seen yet: the weights are 0.
-      const Vec shrink = exp2_of(vec(peak + c) - vec(last + c)) * vec(sums + c);
-      vec(factor + c) = vec(peak + c) == splat(kHidden) ? Vec{} : shrink;
-    }
-    for (int64_t j = chunk * kKeys; j < std::min(prefix.length, (chunk + 1) * kKeys); ++j) {
-      Vec sum = {};
-      for (int64_t c = 0; c < stride(); c += kLanes) sum += vec(weight + j * stride() + c) * vec(factor + c);
-      score[j] = lane_sum(sum);
-    }
+  const int64_t first = prefix.low / kKeys, chunks = (prefix.high + kKeys - 1) / kKeys - first;
+  float *weights = weights_.of(chunks * count_ * kKeys), *score = score_.of(chunks * kKeys);
+  float *tops = tops_.of(count_ * kLanes), *sums = sums_.of(count_ * kLanes);
+  rows_.resize(count_);
+  for (int64_t i = 0; i < count_; ++i) rows_[i] = means_.of(0) + i * prefix.width;
+  std::fill_n(tops, count_ * kLanes, kHidden);
+  std::fill_n(sums, count_ * kLanes, 0.0f);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    weigh(prefix, first + chunk, weights + chunk * count_ * kKeys, tops);
+  for (int64_t i = 0; i < count_; ++i) {
+    const float top = *std::max_element(tops + i * kLanes, tops + (i + 1) * kLanes);
+    vec(tops + i * kLanes) = splat(top == kHidden ? 0.0f : top);
   }
-  return score;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < count_; ++i) {
+      float* weight = weights + (chunk * count_ + i) * kKeys;
+      Vec sum = vec(sums + i * kLanes);
+      for (int64_t j = 0; j < kKeys; j += kLanes) {
+        vec(weight + j) = exp2_of(vec(weight + j) - vec(tops + i * kLanes));
+        sum += vec(weight + j);
+      }
+      vec(sums + i * kLanes) = sum;
+    }
+  for (int64_t i = 0; i < count_; ++i) vec(sums + i * kLanes) = splat(1.0f / lane_sum(vec(sums + i * kLanes)));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+      Vec sum = {};
+      for (int64_t i = 0; i < count_; ++i)
+        sum += vec(weights + (chunk * count_ + i) * kKeys + j) * vec(sums + i * kLanes);
+      vec(score + chunk * kKeys + j) = sum;
+    }
+  return score + (prefix.low - first * kKeys);
 }
 
 // The average over `smoothing` neighbours, fewer at the ends.

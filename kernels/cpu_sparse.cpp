@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cpu_groups.h"
@@ -23,6 +24,7 @@ struct Problem {
   float *tail_k, *tail_spread;         // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
                                        // keys over 2 log2(e); made here, like the next two
   float* tail_v;                       // (B, Hkv, P, Dv)
+  float* columns;                      // (B, Hkv, Sk in chunks of kKeys, D, kKeys): k for the ranking, made here too
   int32_t* member;                     // (B, Hkv, whole blocks x block): the group of each key
   const uint8_t* keys;                 // (B, Sk), or null
   const float* budgets;                // (Hq,)
@@ -53,6 +55,7 @@ class Worker {
   void read_densely(int64_t from, int64_t to);
   void flush(Chunk& chunk);
   void rank();
+  void fill(Chunk& chunk, int64_t from);
   void read_bundles();
   bool may_stop(int64_t head, float ratio, float* estimate);
   void add_tails();
@@ -144,25 +147,30 @@ void Worker::rank() {
   const bool exact = std::all_of(budgets, budgets + group_, [](float x) { return x == 0.0f; });
   if ((exact && p_.max_density >= 1.0) || static_cast<int64_t>(order_.size()) <= p_.bundle) return;
   const int64_t parts = std::min(p_.sub_means, rows_);
-  float* means = ranker_.start(group_ * parts, p_.width);
-  const int64_t stride = ranker_.stride();
+  float* mean = ranker_.start(group_ * parts, p_.width);
   for (int64_t head = 0; head < group_; ++head) {
-    for (int64_t part = 0, i = 0; part < parts; ++part) {
+    for (int64_t part = 0, i = 0; part < parts; ++part, mean += p_.width) {
       const int64_t count = rows_ / parts + (part < rows_ % parts);
-      float* mean = means + head * parts + part;
       for (const int64_t stop = i + count; i < stop; ++i) {
         const float* row = q_row(head, i);
-        for (int64_t d = 0; d < p_.width; ++d) mean[d * stride] += row[d];
+        for (int64_t d = 0; d < p_.width; ++d) mean[d] += row[d];
       }
-      for (int64_t d = 0; d < p_.width; ++d) mean[d * stride] *= factor_ / static_cast<float>(count);
+      for (int64_t d = 0; d < p_.width; ++d) mean[d] *= factor_ / static_cast<float>(count);
     }
   }
-  ranker_.sort({k_row(low_), p_.k_strides[2], high_ - low_, p_.width, keys_ ? keys_ + low_ : nullptr}, p_.smoothing,
-               order_);
+  const int64_t chunks = (p_.length + kKeys - 1) / kKeys;
+  const float* columns = p_.columns + (b_ * p_.kv_heads + kv_head_) * chunks * kKeys * p_.width;
+  ranker_.sort({columns, low_, high_, p_.width, keys_}, p_.smoothing, order_);
 }
 
-inline void prefetch(const float* row, int64_t width) {
-  for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + d);
+// The next keys of the order from its `from`-th on, none behind the end of a bundle.
+void Worker::fill(Chunk& chunk, int64_t from) {
+  const int64_t end = std::min<int64_t>(order_.size(), (from / p_.bundle + 1) * p_.bundle);
+  chunk.count = std::clamp<int64_t>(end - from, 0, kKeys);
+  for (int64_t j = 0; j < chunk.count; ++j) {
+    const int64_t key = low_ + order_[from + j];
+    chunk.k[j] = k_row(key), chunk.v[j] = v_row(key);
+  }
 }
 
 // Bundle after bundle, until each head's rule stops it.
@@ -172,20 +180,15 @@ void Worker::read_bundles() {
   const int64_t most = static_cast<int64_t>(std::ceil(cap / static_cast<double>(p_.bundle)));
   active_.clear();
   for (int64_t head = 0; head < group_; ++head) active_.push_back(head);
-  Chunk chunk;
+  Chunk chunks[2], *chunk = &chunks[0], *next = &chunks[1];
+  fill(*chunk, 0);
   for (int64_t bundle = 0; bundle < most && !active_.empty(); ++bundle) {
     const int64_t begin = bundle * p_.bundle, end = std::min(total, begin + p_.bundle);
-    for (int64_t from = begin; from < end; from += kKeys) {
-      chunk.count = std::min<int64_t>(kKeys, end - from);
-      for (int64_t j = 0; j < chunk.count; ++j) {
-        const int64_t key = low_ + order_[from + j];
-        chunk.k[j] = k_row(key), chunk.v[j] = v_row(key);
-      }
-      for (int64_t j = from + kKeys; j < std::min(total, from + 2 * kKeys); ++j) {
-        prefetch(k_row(low_ + order_[j]), p_.width);
-        prefetch(v_row(low_ + order_[j]), p_.value_width);
-      }
-      for (const int64_t head : active_) softmax_.add(head, chunk);
+    for (int64_t from = begin; from < end; std::swap(chunk, next)) {
+      fill(*next, from += chunk->count);
+      const int64_t calls = static_cast<int64_t>(active_.size()) * softmax_.pauses(chunk->count);
+      Ahead ahead(next->k, p_.width, next->v, p_.value_width, next->count, calls);
+      for (const int64_t head : active_) softmax_.add(head, *chunk, ahead);
     }
     const float ratio = static_cast<float>(static_cast<double>(total - end) / static_cast<double>(end - begin));
     active_.erase(std::remove_if(active_.begin(), active_.end(),
@@ -288,6 +291,19 @@ bool make_groups(const Problem& p) {
   });
 }
 
+// The keys as columns; false when memory ran out.
+bool make_columns(const Problem& p) {
+  const int64_t chunks = p.columns ? (p.length + kKeys - 1) / kKeys : 0;
+  return on_threads(p.threads, p.batch * p.kv_heads * chunks, [&]() {
+    return [&](int64_t task) {
+      const int64_t head = task / chunks, from = task % chunks * kKeys;
+      const float* k = p.k + head / p.kv_heads * p.k_strides[0] + head % p.kv_heads * p.k_strides[1];
+      transpose(k + from * p.k_strides[2], p.k_strides[2], std::min<int64_t>(kKeys, p.length - from), p.width,
+                p.columns + task * kKeys * p.width);
+    };
+  });
+}
+
 // Attention; false when memory ran out. Tiles with the longest prefix come first, and the result of a tile does not
 // depend on who computes it.
 bool attend(const Problem& p) {
@@ -306,4 +322,4 @@ bool attend(const Problem& p) {
 }  // namespace
 
 // 0, or 1 when memory ran out.
-extern "C" int s2o_cpu_sparse(const Problem* problem) { return make_groups(*problem) && attend(*problem) ? 0 : 1; }
+extern "C" int s2o_cpu_sparse(const Problem* problem) { return make_columns(*problem) && make_groups(*problem) && attend(*problem) ? 0 : 1; }

@@ -119,7 +119,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *_fields(
-            "q k v tail_k tail_spread tail_v member keys budgets output lse tail bundles pairs visible", ctypes.c_void_p
+            "q k v tail_k tail_spread tail_v columns member keys budgets output lse tail bundles pairs visible", ctypes.c_void_p
         ),
         *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
         *_fields("batch heads kv_heads queries length width value_width causal window", ctypes.c_int64),
@@ -148,6 +148,7 @@ class _Native:
             "tail_k": q.new_empty(*groups, q.shape[3]),
             "tail_spread": q.new_empty(*groups, q.shape[3]),
             "tail_v": q.new_empty(*groups, v.shape[3]),
+            "columns": q.new_empty(*heads, -(-k.shape[2] // 64) * 64, q.shape[3]),
             "member": q.new_empty(*heads, whole * geometry.block, dtype=torch.int32),
             "keys": None if keys is None else keys.contiguous(),
             "budgets": torch.tensor(budgets, dtype=torch.float32),

@@ -112,21 +112,57 @@ void accumulate_rest(int64_t left, const float* const* rows, int64_t first, cons
   }
 }
 
-template <int VECS>
+// Rows of memory that will be read next, brought into cache a few lines at a time: each call comes between blocks of a
+// product. All at once they would fill the buffers of outstanding loads, and the products would wait for those.
+class Ahead {
+ public:
+  // Two arrays of `count` rows each, and how many calls there will be.
+  Ahead(const float* const* k, int64_t width, const float* const* v, int64_t value_width, int64_t count, int64_t calls)
+      : rows_{k, v}, widths_{width, value_width}, count_(count) {
+    const int64_t lines = count * ((width + kLine - 1) / kLine + (value_width + kLine - 1) / kLine);
+    pace_ = calls ? (lines + calls - 1) / calls : 0;
+  }
+  Ahead() = default;
+
+  void operator()() {
+    for (int64_t i = 0; i < pace_ && which_ < 2; ++i) {
+      if (row_ < count_) __builtin_prefetch(rows_[which_][row_] + at_);
+      if ((at_ += kLine) < widths_[which_]) continue;
+      at_ = 0;
+      if (++row_ >= count_) row_ = 0, ++which_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* const* rows_[2] = {};
+  int64_t widths_[2] = {}, count_ = 0, pace_ = 0;
+  int64_t which_ = 0, row_ = 0, at_ = 0;
+};
+
+template <int VECS, class Between>
 void multiply_all(const float* const* rows, int64_t count, const float* columns, int64_t column_stride, int64_t depth,
-                  float* out, int64_t out_stride) {
+                  float* out, int64_t out_stride, Between&& between) {
   constexpr int ROWS = VECS >= 4 ? kRows : 8;
   int64_t i = 0;
-  for (; i + ROWS <= count; i += ROWS)
+  for (; i + ROWS <= count; i += ROWS, between())
     multiply<ROWS, VECS>(rows + i, columns, column_stride, depth, out + i * out_stride, out_stride);
   multiply_rest<ROWS - 1, VECS>(count - i, rows + i, columns, column_stride, depth, out + i * out_stride, out_stride);
 }
 
+template <int VECS>
+void multiply_all(const float* const* rows, int64_t count, const float* columns, int64_t column_stride, int64_t depth,
+                  float* out, int64_t out_stride) {
+  multiply_all<VECS>(rows, count, columns, column_stride, depth, out, out_stride, [] {});
+}
+
 // output (width, kPanel) += for each feature, the sum over `count` keys of value times weight.
-inline void accumulate_all(const float* const* values, int64_t count, const float* weights, int64_t width,
-                           float* output) {
+template <class Between>
+void accumulate_all(const float* const* values, int64_t count, const float* weights, int64_t width, float* output,
+                    Between&& between) {
   int64_t d = 0;
-  for (; d + kRows <= width; d += kRows) accumulate<kRows>(values, d, weights, count, output + d * kPanel);
+  for (; d + kRows <= width; d += kRows, between())
+    accumulate<kRows>(values, d, weights, count, output + d * kPanel);
   accumulate_rest<kRows - 1>(width - d, values, d, weights, count, output + d * kPanel);
 }
 
