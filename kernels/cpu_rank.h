@@ -12,15 +12,8 @@
 
 namespace s2o {
 
-// Copies the rows of up to kKeys keys, `stride` apart, as columns (D, kKeys), zeros behind the last.
-inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t width, float* columns) {
-  if (count < kKeys) std::memset(columns, 0, sizeof(float) * width * kKeys);
-  for (int64_t from = 0; from < width; from += kLanes)  // what is read stays in L1 until the next keys need it
-    for (int64_t d = from; d < std::min(width, from + kLanes); ++d)
-      for (int64_t j = 0; j < count; ++j) columns[d * kKeys + j] = rows[j * stride + d];
-}
-
-// The keys [low, high) of a prefix, in columns as `transpose` makes them of each kKeys keys from the first on;
+// The keys [low, high) of a prefix, in columns (D, kKeys) as `transpose` makes them of each kKeys keys from the first
+// on;
 // `allowed` is null, or tells which of all keys may be seen.
 struct Prefix {
   const float* columns;
@@ -28,32 +21,72 @@ struct Prefix {
   const uint8_t* allowed;
 };
 
+class Sorter {
+ public:
+  // Sorts `order`, positions by rising position, by falling score.
+  void sort(const float* scores, std::vector<int32_t>& order);
+
+ private:
+  std::vector<int32_t> starts_;
+  std::vector<uint64_t> entries_, swap_;
+};
+
+// A stable radix sort: scores are not negative, so that their bits rise with them, and equal ones stay by position.
+// NaN counts as the largest. An entry holds the bits of the score above the position.
+inline void Sorter::sort(const float* scores, std::vector<int32_t>& order) {
+  constexpr int kMost = 13;  // bits of a digit: its counters fit into L1
+  const size_t count = order.size();
+  entries_.resize(count), swap_.resize(count);
+  uint32_t largest = 0, smallest = ~0u;
+  for (size_t i = 0; i < count; ++i) {
+    const float score = scores[order[i]];
+    uint32_t bits = 0;
+    std::memcpy(&bits, &score, sizeof bits);
+    if (!(score >= 0.0f)) bits = 0x7fffffffu;
+    largest = std::max(largest, bits), smallest = std::min(smallest, bits);
+    entries_[i] = uint64_t{bits} << 32 | static_cast<uint32_t>(order[i]);
+  }
+  int width = 1;
+  while (width < 32 && (largest - smallest) >> width) ++width;
+  const int passes = (width + kMost - 1) / kMost, digit = (width + passes - 1) / passes;
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto bucket = [&](uint64_t entry) {
+      return (largest - static_cast<uint32_t>(entry >> 32)) >> pass * digit & ((1u << digit) - 1);
+    };
+    starts_.assign(size_t{1} << digit, 0);
+    for (size_t i = 0; i < count; ++i) ++starts_[bucket(entries_[i])];
+    int32_t next = 0;
+    for (int32_t& start : starts_) next += std::exchange(start, next);
+    for (size_t i = 0; i < count; ++i) swap_[starts_[bucket(entries_[i])]++] = entries_[i];
+    entries_.swap(swap_);
+  }
+  for (size_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(entries_[i]);
+}
+
 class Ranker {
  public:
-  // Room for the sub-mean queries (count, D), zeros.
+  // Room for the sub-mean queries (count, D), with the factor of scores in them; zeros.
   float* start(int64_t count, int64_t width) {
     count_ = count;
     float* means = means_.of(count * width);
     std::memset(means, 0, sizeof(float) * count * width);
     return means;
   }
+  const float* means() { return means_.of(0); }
 
   // Sorts `order`, positions in the prefix by rising position, by falling score.
   void sort(const Prefix& prefix, int64_t smoothing, std::vector<int32_t>& order) {
-    sort_by_score(smooth(score(prefix), prefix.high - prefix.low, smoothing), order);
+    sorter_.sort(smooth(score(prefix), prefix.high - prefix.low, smoothing), order);
   }
 
  private:
   float* score(const Prefix& prefix);
   void weigh(const Prefix& prefix, int64_t chunk, float* logits, float* tops);
   float* smooth(const float* score, int64_t length, int64_t smoothing);
-  void sort_by_score(const float* scores, std::vector<int32_t>& order);
-
   int64_t count_ = 0;
   Buffer means_, weights_, tops_, sums_, score_, smooth_;
   std::vector<const float*> rows_;
-  std::vector<int32_t> starts_;
-  std::vector<uint64_t> entries_, swap_;
+  Sorter sorter_;
 };
 
 // The logits (sub-means, kKeys) of one chunk of keys, and with those before the largest of each sub-mean in each lane.
@@ -129,38 +162,6 @@ inline float* Ranker::smooth(const float* score, int64_t length, int64_t smoothi
     smooth[j] *= static_cast<float>(smoothing) / static_cast<float>(count);
   }
   return smooth;
-}
-
-// A stable radix sort: scores are not negative, so that their bits rise with them, and equal ones stay by position.
-// NaN counts as the largest. An entry holds the bits of the score above the position.
-inline void Ranker::sort_by_score(const float* scores, std::vector<int32_t>& order) {
-  constexpr int kMost = 13;  // bits of a digit: its counters fit into L1
-  const size_t count = order.size();
-  entries_.resize(count), swap_.resize(count);
-  uint32_t largest = 0, smallest = ~0u;
-  for (size_t i = 0; i < count; ++i) {
-    const float score = scores[order[i]];
-    uint32_t bits = 0;
-    std::memcpy(&bits, &score, sizeof bits);
-    if (!(score >= 0.0f)) bits = 0x7fffffffu;
-    largest = std::max(largest, bits), smallest = std::min(smallest, bits);
-    entries_[i] = uint64_t{bits} << 32 | static_cast<uint32_t>(order[i]);
-  }
-  int width = 1;
-  while (width < 32 && (largest - smallest) >> width) ++width;
-  const int passes = (width + kMost - 1) / kMost, digit = (width + passes - 1) / passes;
-  for (int pass = 0; pass < passes; ++pass) {
-    const auto bucket = [&](uint64_t entry) {
-      return (largest - static_cast<uint32_t>(entry >> 32)) >> pass * digit & ((1u << digit) - 1);
-    };
-    starts_.assign(size_t{1} << digit, 0);
-    for (size_t i = 0; i < count; ++i) ++starts_[bucket(entries_[i])];
-    int32_t next = 0;
-    for (int32_t& start : starts_) next += std::exchange(start, next);
-    for (size_t i = 0; i < count; ++i) swap_[starts_[bucket(entries_[i])]++] = entries_[i];
-    entries_.swap(swap_);
-  }
-  for (size_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(entries_[i]);
 }
 
 }  // namespace s2o

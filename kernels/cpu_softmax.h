@@ -69,6 +69,7 @@ class Softmax {
   // Calls of `ahead` while a chunk of `keys` is added to a head.
   int64_t pauses(int64_t keys) const { return panels_ * (keys / kRows + rows_.value_width / kRows); }
 
+  float peak(int64_t head, int64_t row) { return peaks_.of(0)[panel_of(head, row) * kPanel + row % kPanel]; }
   // The mass of a head's rows before the last `settle`, and since.
   float mass(int64_t head, int64_t row) { return masses_.of(0)[panel_of(head, row) * kPanel + row % kPanel]; }
   float added(int64_t head, int64_t row) { return added_.of(0)[panel_of(head, row) * kPanel + row % kPanel]; }

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_forecast.h"
 #include "cpu_groups.h"
 #include "cpu_rank.h"
 #include "cpu_softmax.h"
@@ -37,6 +38,7 @@ struct Problem {
   int64_t clusters;  // without them the tail is dropped
   int64_t threads;
   double scale, max_density, limit;  // the limit in units of log 2
+  double full;  // of a prefix: more expected than this, and all of it is read unranked; 1 never
 };
 
 namespace {
@@ -55,6 +57,7 @@ class Worker {
   void read_densely(int64_t from, int64_t to);
   void flush(Chunk& chunk);
   void rank();
+  void summon(int64_t parts);
   void fill(Chunk& chunk, int64_t from);
   void read_bundles();
   bool may_stop(int64_t head, float ratio, float* estimate);
@@ -82,6 +85,10 @@ class Worker {
 
   Softmax softmax_;
   Ranker ranker_;
+  Forecaster forecaster_;
+  std::vector<Voter> voters_;
+  Buffer queries_;   // of the voters
+  bool everything_;  // all of the prefix is read, whatever the rule says
   std::vector<int32_t> order_;  // of the prefix, counted from low_
   std::vector<int64_t> counts_, read_, active_;
   std::vector<float> estimate_;
@@ -144,8 +151,9 @@ void Worker::rank() {
   for (int64_t j = 0; j < high_ - low_; ++j)
     if (allowed(low_ + j)) order_.push_back(static_cast<int32_t>(j));
   const float* budgets = p_.budgets + kv_head_ * group_;
-  const bool exact = std::all_of(budgets, budgets + group_, [](float x) { return x == 0.0f; });
-  if ((exact && p_.max_density >= 1.0) || static_cast<int64_t>(order_.size()) <= p_.bundle) return;
+  const auto total = static_cast<int64_t>(order_.size());
+  everything_ = p_.max_density >= 1.0 && std::all_of(budgets, budgets + group_, [](float x) { return x == 0.0f; });
+  if (everything_ || total <= p_.bundle) return;
   const int64_t parts = std::min(p_.sub_means, rows_);
   float* mean = ranker_.start(group_ * parts, p_.width);
   for (int64_t head = 0; head < group_; ++head) {
@@ -160,7 +168,26 @@ void Worker::rank() {
   }
   const int64_t chunks = (p_.length + kKeys - 1) / kKeys;
   const float* columns = p_.columns + (b_ * p_.kv_heads + kv_head_) * chunks * kKeys * p_.width;
-  ranker_.sort({columns, low_, high_, p_.width, keys_}, p_.smoothing, order_);
+  const Prefix prefix{columns, low_, high_, p_.width, keys_};
+  if (p_.full < 1.0 && p_.max_density >= 1.0) {
+    summon(parts);
+    const Outlook outlook{p_.block, p_.bundle, p_.horizon, group_, total, budgets};
+    everything_ = forecaster_.expect(prefix, ranker_.means(), voters_, outlook) > p_.full;
+    if (everything_) return;
+  }
+  ranker_.sort(prefix, p_.smoothing, order_);
+}
+
+// The last rows of all parts, of all heads: those whose votes are foreseen.
+void Worker::summon(int64_t parts) {
+  voters_.clear();
+  float* query = queries_.of(group_ * parts * p_.width);
+  for (int64_t head = 0; head < group_; ++head)
+    for (int64_t part = 0, i = -1; part < parts; ++part, query += p_.width) {
+      i += rows_ / parts + (part < rows_ % parts);
+      for (int64_t d = 0; d < p_.width; ++d) query[d] = q_row(head, i)[d] * factor_;
+      voters_.push_back({query, softmax_.peak(head, i), softmax_.mass(head, i)});
+    }
 }
 
 // The next keys of the order from its `from`-th on, none behind the end of a bundle.
@@ -193,7 +220,7 @@ void Worker::read_bundles() {
     const float ratio = static_cast<float>(static_cast<double>(total - end) / static_cast<double>(end - begin));
     active_.erase(std::remove_if(active_.begin(), active_.end(),
                                  [&](int64_t head) {
-                                   const bool stop = may_stop(head, ratio, &estimate_[head]);
+                                   const bool stop = may_stop(head, ratio, &estimate_[head]) && !everything_;
                                    softmax_.settle(head);
                                    read_[head] = bundle + 1;
                                    return stop;
@@ -201,9 +228,6 @@ void Worker::read_bundles() {
                   active_.end());
   }
 }
-
-// Of a row's mass, the share that `reach`, not read, would have.
-inline float share(float reach, float mass) { return reach == 0.0f ? 0.0f : reach / (mass + reach); }
 
 // Whether the estimated tail of every row is within the budget; its mean over the rows goes to `estimate`.
 bool Worker::may_stop(int64_t head, float ratio, float* estimate) {
@@ -299,7 +323,7 @@ bool make_columns(const Problem& p) {
       const int64_t head = task / chunks, from = task % chunks * kKeys;
       const float* k = p.k + head / p.kv_heads * p.k_strides[0] + head % p.kv_heads * p.k_strides[1];
       transpose(k + from * p.k_strides[2], p.k_strides[2], std::min<int64_t>(kKeys, p.length - from), p.width,
-                p.columns + task * kKeys * p.width);
+                p.columns + task * kKeys * p.width, kKeys);
     };
   });
 }

@@ -23,6 +23,9 @@ from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
 from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of
 from s2o_inductor.sparse_policy import Geometry
 
+# Where reading all of a prefix in place takes as long as ranking it and gathering this share: see BENCHMARKS.md.
+FULL = 0.9
+
 
 def forward(
     q: Tensor,
@@ -36,6 +39,7 @@ def forward(
     keys: Tensor | None,
     max_density: float,
     geometry: Geometry,
+    full: float = FULL,
 ) -> Sparse:
     """S2O sparse attention.
 
@@ -50,6 +54,8 @@ def forward(
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes.
+        full: a tile that is expected to read more than this share of its prefix reads all of it, which costs less than
+            to rank it; 1 never does (`s2o_inductor.kernels.reference_sparse.expected_share`).
 
     Returns:
         `Sparse`: output in the dtype of q, stored as (B, Sq, Hq, Dv); lse and tail in float32, float64 for float64.
@@ -76,7 +82,7 @@ def forward(
     tail = torch.empty(batch, heads, tiles, dtype=wide)
     bundles, pairs, visible = (torch.empty(batch, heads, tiles, dtype=torch.int64) for _ in range(3))
     result = Sparse(output, lse, bundles, tail, pairs, visible)
-    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, geometry)
+    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, full, geometry)
     return dataclasses.replace(
         result, output=heads_last(output.to(q.dtype)), pairs=pairs.sum(dim=2), visible=visible.sum(dim=2)
     )
@@ -119,12 +125,13 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *_fields(
-            "q k v tail_k tail_spread tail_v columns member keys budgets output lse tail bundles pairs visible", ctypes.c_void_p
+            "q k v tail_k tail_spread tail_v columns member keys budgets output lse tail bundles pairs visible",
+            ctypes.c_void_p,
         ),
         *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
         *_fields("batch heads kv_heads queries length width value_width causal window", ctypes.c_int64),
         *_fields("tile sink bundle horizon sub_means smoothing block rounds clusters threads", ctypes.c_int64),
-        *_fields("scale max_density limit", ctypes.c_double),
+        *_fields("scale max_density limit full", ctypes.c_double),
     ]
 
 
@@ -136,7 +143,7 @@ class _Native:
 
     def __call__(
         self, result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-        window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry,
+        window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         heads, whole = k.shape[:2], k.shape[2] // geometry.block
@@ -168,12 +175,23 @@ class _Native:
             window=window or 0,
             **{
                 name: getattr(geometry, name)
-                for name in ("tile", "sink", "bundle", "horizon", "sub_means", "smoothing", "block", "rounds", "clusters")
+                for name in (
+                    "tile",
+                    "sink",
+                    "bundle",
+                    "horizon",
+                    "sub_means",
+                    "smoothing",
+                    "block",
+                    "rounds",
+                    "clusters",
+                )
             },
             threads=torch.get_num_threads(),
             scale=scale,
             max_density=max_density,
             limit=geometry.limit * math.log2(math.e),
+            full=full,
         )
         if self.library.s2o_cpu_sparse(ctypes.byref(problem)):
             raise MemoryError(f"no memory for sparse attention over {k.shape[2]} keys on {problem.threads} threads")

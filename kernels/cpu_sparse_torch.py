@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of, token_order, token_scores
+from s2o_inductor.kernels.reference_sparse import Sparse, expected_share, tiles_of, token_order, token_scores
 from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
@@ -69,7 +69,7 @@ class _Softmax:
 
 def run(
     result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-    window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry,
+    window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
 ) -> None:  # fmt: skip
     """Fills `result`, whose pairs and visible are per tile, (B, Hq, tiles).
 
@@ -99,19 +99,19 @@ def run(
                     tile.add(every, k[b, head, dense], v[b, head, dense], sees)
                 prefix = slice(*spans[1])
                 hidden = ~allowed[prefix]
-                scores = token_scores(
-                    q[b, of_group, rows], k[b, head, prefix], scale, geometry.sub_means, geometry.smoothing, hidden
-                )
-                order = token_order(scores, hidden)
+                order, budget = (~hidden).nonzero().flatten(), limits[head]
+                ranked = q[b, of_group, rows], k[b, head, prefix]
+                share = 0.0
+                if full < 1 and max_density == 1 and order.numel() > geometry.bundle:
+                    lse = tile.peak + tile.mass.log()
+                    share = expected_share(*ranked, lse, scale, budget.tolist(), prefix.start, hidden, geometry)
+                if share > full:
+                    budget = torch.zeros_like(budget)
+                else:
+                    scores = token_scores(*ranked, scale, geometry.sub_means, geometry.smoothing, hidden)
+                    order = token_order(scores, hidden)
                 read, left = _bundles(
-                    tile,
-                    k[b, head, prefix],
-                    v[b, head, prefix],
-                    order,
-                    limits[head],
-                    max_density,
-                    geometry.bundle,
-                    geometry.horizon,
+                    tile, ranked[1], v[b, head, prefix], order, budget, max_density, geometry.bundle, geometry.horizon
                 )
                 if groups is not None:
                     of_head = Groups(*(x[b, head] for x in (groups.member, groups.k, groups.variance, groups.v)))

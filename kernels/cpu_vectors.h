@@ -6,10 +6,13 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace s2o {
 
@@ -164,6 +167,50 @@ void accumulate_all(const float* const* values, int64_t count, const float* weig
   for (; d + kRows <= width; d += kRows, between())
     accumulate<kRows>(values, d, weights, count, output + d * kPanel);
   accumulate_rest<kRows - 1>(width - d, values, d, weights, count, output + d * kPanel);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define S2O_SHUFFLES
+#endif
+#endif
+
+#ifdef S2O_SHUFFLES
+// Swaps the blocks of STEP lanes off the diagonal in pairs of rows that are STEP apart, then does so with half of it.
+template <int STEP, size_t... LANE>
+inline void exchange(Vec* rows, std::index_sequence<LANE...> lanes) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & STEP) continue;
+    const Vec low = rows[i], high = rows[i + STEP];
+    rows[i] = __builtin_shufflevector(low, high, (LANE & STEP ? kLanes + LANE - STEP : LANE)...);
+    rows[i + STEP] = __builtin_shufflevector(low, high, (LANE & STEP ? kLanes + LANE : LANE + STEP)...);
+  }
+  if constexpr (STEP > 1) exchange<STEP / 2>(rows, lanes);
+}
+#endif
+
+// Copies rows (count, width), `stride` apart, as columns (width, length), zeros behind the last of them.
+inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t width, float* columns,
+                      int64_t length) {
+  for (int64_t j = 0; j < length; j += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Vec block[kLanes] = {};
+      const int64_t most = std::min<int64_t>(kLanes, count - j), wide = std::min<int64_t>(kLanes, width - d);
+      for (int64_t i = 0; i < most; ++i) {
+        const float* row = rows + (j + i) * stride + d;
+        if (wide == kLanes)
+          std::memcpy(&block[i], row, sizeof(Vec));  // one load
+        else
+          std::memcpy(&block[i], row, sizeof(float) * wide);
+      }
+#ifdef S2O_SHUFFLES
+      exchange<kLanes / 2>(block, std::make_index_sequence<kLanes>());
+      for (int64_t i = 0; i < wide; ++i) vec(columns + (d + i) * length + j) = block[i];
+#else
+      for (int64_t i = 0; i < wide; ++i)
+        for (int64_t lane = 0; lane < kLanes; ++lane) columns[(d + i) * length + j + lane] = block[lane][i];
+#endif
+    }
 }
 
 inline bool is_finite(const float* row, int64_t width) {

@@ -154,6 +154,55 @@ def stop_after(
     return read, left[:, read - 1].masked_fill(~seen, 0.0)
 
 
+def expected_share(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, budgets: Sequence[float], low: int, hidden: Tensor,
+    geometry: Geometry,
+) -> float:  # fmt: skip
+    """The share of its prefix that a tile can be expected to read under the rule "tail", mean of its heads.
+
+    The rule is tried on a sample of the prefix, an eighth of every second block: its keys ranked by the sub-means, each
+    standing for as many as there are keys to one of the sample, and the last row of each sub-mean's run voting.
+
+    Args:
+        q: (G, R, D), the queries of a tile.
+        k: (N, D), the prefix, from position `low` on.
+        lse: (G, R), log-sum of what the rows read densely.
+        scale: of the scores.
+        budgets: one for each of the G heads.
+        low: first position of the prefix.
+        hidden: bool (N,), keys that no row sees.
+        geometry: sizes.
+
+    Returns:
+        0 to 1; 0 where no key is sampled.
+    """
+    at = torch.arange(low, low + k.shape[0], device=k.device)
+    sampled = (at % (2 * geometry.block) < max(1, geometry.block // 8)) & ~hidden
+    total, count, bundle = int((~hidden).sum()), int(sampled.sum()), geometry.bundle
+    if not count:
+        return 0.0
+    runs = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
+    ends = torch.tensor([run.shape[1] for run in runs], device=q.device).cumsum(0) - 1
+    order = token_order(token_scores(q, k[sampled], scale, geometry.sub_means, 1, None))
+    logits = (q[:, ends] @ k[sampled].T * scale)[..., order]
+    top = logits.amax(dim=2).maximum(lse[:, ends])
+    weights = (logits - top[..., None]).exp() * (total / count)
+    starts = torch.arange(0, total, bundle)
+    sizes = (total - starts).clamp(max=bundle)
+    edges = [int(start) * count // total for start in starts] + [count]
+    masses = torch.stack(
+        [(lse[:, ends] - top).exp(), *(weights[..., i:j].sum(dim=2) for i, j in itertools.pairwise(edges))], dim=2
+    )
+    shares = []
+    for head, budget in enumerate(budgets):
+        read, _ = stop_after(
+            masses[head], (total - starts - sizes).to(q.device), sizes.to(q.device), "tail", budget,
+            torch.ones_like(ends, dtype=torch.bool), None, geometry.horizon,
+        )  # fmt: skip
+        shares.append(min(read * bundle, total) / total if budget > 0 else 1.0)
+    return sum(shares) / len(shares)
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -167,6 +216,7 @@ def sparse_attention(
     rule: str = "tail",
     max_density: float = 1.0,
     share_order: bool = True,
+    full: float = 1.0,
     geometry: Geometry | None = None,
 ) -> Sparse:
     """S2O attention, tile by tile.
@@ -188,6 +238,8 @@ def sparse_attention(
         rule: see `stop_after`.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         share_order: query heads of one key/value head rank tokens together; each still stops by itself.
+        full: a tile whose `expected_share` is above this reads all of its prefix with all heads that rank together; 1
+            never does. For the rule "tail" without a `max_density`.
         geometry: sizes; None is the default ones.
 
     Returns:
@@ -227,15 +279,24 @@ def sparse_attention(
                 prefix = slice(low, high)
                 hidden = ~allowed[prefix]
                 orders: list[Tensor] = []
+                limits = [budgets[h % len(budgets)] for h in range(head * group, (head + 1) * group)]
                 for members in [slice(0, group)] if share_order else [slice(i, i + 1) for i in range(group)]:
                     scores = token_scores(
                         q[b, of_group, rows][members], k[b, head, prefix], scale,
                         geometry.sub_means, geometry.smoothing, hidden,
                     )  # fmt: skip
                     orders += [token_order(scores, hidden)] * (members.stop - members.start)
-                for i, order in enumerate(orders):
+                    if full < 1 and rule == "tail" and max_density == 1:
+                        queries_here = q[b, of_group, rows][members]
+                        logits = (queries_here @ k[b, head].T * scale).masked_fill(~sees, _HIDDEN)
+                        logits[..., prefix] = _HIDDEN
+                        if full < expected_share(
+                            queries_here, k[b, head, prefix], logits.logsumexp(dim=2), scale, limits[members], low,
+                            hidden, geometry,
+                        ):  # fmt: skip
+                            limits[members] = [-1.0] * (members.stop - members.start)  # no tail is within it
+                for i, (order, budget) in enumerate(zip(orders, limits, strict=True)):
                     h = head * group + i
-                    budget = budgets[h % len(budgets)]
                     read, estimate, chosen = _choose(
                         q[b, h, rows], k[b, head], sees, prefix, order, scale, rule, budget, max_density, geometry
                     )

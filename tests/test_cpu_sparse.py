@@ -36,6 +36,7 @@ both = pytest.mark.parametrize("kind", ["native", "torch"])  # the compiled kern
 def run(kind: str, q: Tensor, k: Tensor, v: Tensor, budget: float | tuple[float, ...] = 0.0, **options: Any) -> Sparse:
     options = {
         **{"scale": 0.25, "causal": True, "window": None, "keys": None, "max_density": 1.0, "geometry": SMALL},
+        **{"full": 1.0},
         **options,
     }
     budgets = budget if isinstance(budget, tuple) else (budget,)
@@ -102,6 +103,7 @@ def problems(draw: st.DrawFn, exact: bool = False) -> Problem:
     if draw(st.booleans()):
         rate = draw(st.sampled_from([0.1, 0.7]))
         options["keys"] = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) < rate
+    options["full"] = draw(st.sampled_from([1.0, 0.8, 0.4]))
     if not exact:
         options["max_density"] = draw(st.sampled_from([1.0, 1.0, 0.5]))
     layouts = draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 3))
@@ -164,13 +166,17 @@ def example(seed: int = 0, lengths: tuple[int, int] = (200, 200), heads: tuple[i
 
 @both
 @settings(max_examples=8)
-@given(cuts=st.sets(st.sampled_from(range(16, 200, 16)), max_size=3), seed=st.integers(0, 99))
-def test_chunks_of_whole_tiles_change_nothing(kind: str, cuts: set[int], seed: int) -> None:
+@given(
+    cuts=st.sets(st.sampled_from(range(16, 200, 16)), max_size=3),
+    seed=st.integers(0, 99),
+    full=st.sampled_from([1.0, 0.6]),
+)
+def test_chunks_of_whole_tiles_change_nothing(kind: str, cuts: set[int], seed: int, full: float) -> None:
     q, k, v = example(seed)
-    whole = run(kind, q, k, v, 0.3)
+    whole = run(kind, q, k, v, 0.3, full=full)
     edges = [0, *sorted(cuts), 200]
     for start, end in itertools.pairwise(edges):
-        part = run(kind, q[:, :, start:end], k[:, :, :end], v[:, :, :end], 0.3)
+        part = run(kind, q[:, :, start:end], k[:, :, :end], v[:, :, :end], 0.3, full=full)
         torch.testing.assert_close(part.output, whole.output[:, :, start:end], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(part.lse, whole.lse[:, :, start:end], atol=1e-5, rtol=1e-5)
         tiles = slice(start // SMALL.tile, -(-end // SMALL.tile))
@@ -250,6 +256,47 @@ def test_a_smaller_budget_reads_no_fewer_bundles(kind: str, seed: int, budgets: 
     inputs = example(seed)
     less, more = (run(kind, *inputs, budget) for budget in sorted(budgets))
     assert (less.bundles >= more.bundles).all() and (less.pairs >= more.pairs).all()
+
+
+@both
+@settings(max_examples=10)
+@given(seed=st.integers(0, 999), full=st.sampled_from([0.9, 0.6, 0.3]), heads=st.sampled_from([(4, 2), (2, 2)]))
+def test_a_tile_reads_all_of_its_prefix_or_what_the_rule_says(
+    kind: str, seed: int, full: float, heads: tuple[int, int]
+) -> None:
+    inputs = example(seed, heads=heads)
+    ruled, exact = run(kind, *inputs, 0.6), run(kind, *inputs, 0.0)
+    result = run(kind, *inputs, 0.6, full=full)
+    tiles = torch.arange(200) // SMALL.tile
+    gave_up = (result.bundles != ruled.bundles).unflatten(1, (heads[1], -1)).any(dim=2).repeat_interleave(
+        heads[0] // heads[1], dim=1
+    )  # fmt: skip
+    assert torch.equal(result.bundles, torch.where(gave_up, exact.bundles, ruled.bundles))
+    for field, which in (("output", gave_up[..., tiles, None]), ("lse", gave_up[..., tiles])):
+        wanted = torch.where(which, getattr(exact, field), getattr(ruled, field))
+        torch.testing.assert_close(getattr(result, field), wanted, atol=1e-5, rtol=1e-5)
+    assert (result.tail[gave_up] == 0).all() and torch.equal(result.tail[~gave_up], ruled.tail[~gave_up])
+    assert (result.pairs >= ruled.pairs).all() and torch.equal(result.visible, ruled.visible)
+
+
+@both
+def test_only_flat_heads_are_given_up(kind: str) -> None:
+    """Of two heads of which one is flat, the flat one is read wholly, the other as if nothing were given up."""
+    q, k, v, _ = attention_inputs(1, (2, 2), (1400, 1400), (16, 16), torch.float32, seed=3)
+    k[:, 1, ::37] += 4.0
+    q[:, 1] += 2.0
+    geometry = Geometry(bundle=64, horizon=1)
+    ruled, result = (run(kind, q, k, v, 0.2, full=full, geometry=geometry) for full in (1.0, 0.7))
+    assert result.pairs[0, 0] == result.visible[0, 0] and ruled.pairs[0, 0] < ruled.visible[0, 0]
+    assert torch.equal(result.output[:, 1], ruled.output[:, 1]) and result.pairs[0, 1] < 0.6 * result.visible[0, 1]
+    exact = run(kind, q, k, v, 0.0)
+    torch.testing.assert_close(result.output[:, 0], exact.output[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@both
+def test_a_density_that_is_asked_for_is_kept(kind: str) -> None:
+    flat = attention_inputs(1, (2, 1), (200, 200), (16, 16), torch.float32)[:3]
+    assert torch.equal(*(run(kind, *flat, 0.1, max_density=0.5, full=full).pairs for full in (1.0, 0.1)))
 
 
 @both
