@@ -25,7 +25,8 @@ struct Problem {
   float *tail_k, *tail_spread;         // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
                                        // keys over 2 log2(e); made here, like the next two
   float* tail_v;                       // (B, Hkv, P, Dv)
-  float* columns;                      // (B, Hkv, Sk in chunks of kKeys, D, kKeys): k for the ranking, made here too
+  float* columns;                      // (B, Hkv, Sk in chunks of kKeys, D, kKeys): k for the ranking, made here too;
+                                       // null where nothing is ranked
   int32_t* member;                     // (B, Hkv, whole blocks x block): the group of each key
   const uint8_t* keys;                 // (B, Sk), or null
   const float* budgets;                // (Hq,)

@@ -23,8 +23,9 @@ from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
 from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of
 from s2o_inductor.sparse_policy import Geometry
 
-# Where reading all of a prefix in place takes as long as ranking it and gathering this share: see BENCHMARKS.md.
-FULL = 0.9
+# Reading all of a prefix in place takes as long as ranking it and gathering this share of it, for one to four heads.
+FULL = 0.85
+_CHUNK = 64  # kKeys of cpu_vectors.h
 
 
 def forward(
@@ -61,10 +62,10 @@ def forward(
         `Sparse`: output in the dtype of q, stored as (B, Sq, Hq, Dv); lse and tail in float32, float64 for float64.
 
     Raises:
-        ValueError: sizes, budgets, density or window are out of range.
+        ValueError: sizes, budgets, shares or window are out of range.
         MemoryError: there is no memory for the scores of one tile per thread.
     """
-    _check(q, k, v, budgets, causal, window, keys, max_density)
+    _check(q, k, v, budgets, causal, window, keys, max_density, full)
     budgets = tuple(budgets) * (q.shape[1] if len(budgets) == 1 else 1)
     wide = lse_dtype(q.dtype)
     # Converted once: a key is read by many tiles.
@@ -90,7 +91,7 @@ def forward(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, budgets: Sequence[float], causal: bool, window: int | None,
-    keys: Tensor | None, max_density: float,
+    keys: Tensor | None, max_density: float, full: float,
 ) -> None:  # fmt: skip
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
@@ -108,6 +109,8 @@ def _check(
         raise ValueError(
             f"budgets must be at least 0 and max_density in (0, 1]; got {tuple(budgets)} and {max_density}"
         )
+    if not 0 <= full <= 1:
+        raise ValueError(f"full is a share of the prefix, 0 to 1; got {full}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
     if keys is not None and (keys.dtype != torch.bool or keys.shape != (k.shape[0], k.shape[2])):
@@ -146,6 +149,7 @@ class _Native:
         window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        exact = not any(budgets) and max_density == 1.0  # then nothing is ranked
         heads, whole = k.shape[:2], k.shape[2] // geometry.block
         groups = (*heads, whole * geometry.clusters)
         tensors = {
@@ -155,7 +159,7 @@ class _Native:
             "tail_k": q.new_empty(*groups, q.shape[3]),
             "tail_spread": q.new_empty(*groups, q.shape[3]),
             "tail_v": q.new_empty(*groups, v.shape[3]),
-            "columns": q.new_empty(*heads, -(-k.shape[2] // 64) * 64, q.shape[3]),
+            "columns": None if exact else q.new_empty(*heads, -(-k.shape[2] // _CHUNK) * _CHUNK, q.shape[3]),
             "member": q.new_empty(*heads, whole * geometry.block, dtype=torch.int32),
             "keys": None if keys is None else keys.contiguous(),
             "budgets": torch.tensor(budgets, dtype=torch.float32),

@@ -387,6 +387,7 @@ def test_huge_scores(kind: str) -> None:
         ({"budget": NAN}, "budgets must be at least 0"),
         ({"budget": (0.1, 0.2, 0.3)}, "one for each of 4 query heads; got 3"),
         ({"max_density": 0.0}, "max_density"),
+        ({"full": 1.5}, "share of the prefix"),
         ({"window": 0}, "at least 1"),
         ({"window": 3, "causal": False}, "goes with causal"),
         ({"keys": torch.ones(2, 199, dtype=torch.bool)}, "must be bool"),
