@@ -30,6 +30,7 @@ from s2o_inductor.kernels import cuda_sparse
 from s2o_inductor.kernels import triton_sparse_order as ordering
 from s2o_inductor.kernels.launching import Config
 from s2o_inductor.kernels.reference_sparse import sparse_attention
+from s2o_inductor.kernels.triton_sparse_groups import group_keys
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 from s2o_inductor.sparse_policy import Geometry
 
@@ -50,7 +51,7 @@ def operands(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> tuple
     q, k, v = (normal(1, length, n, WIDTH) for n in (heads, kv_heads, kv_heads))
     position = torch.arange(length, device="cuda")
     q += topics[position // 512 % 16][None, :, None] * 0.7
-    k += topics[position * 7 // 64 % 16][None, :, None] * (position % 64 == 3)[None, :, None]
+    k += topics[position * 7 // 64 % 16][None, :, None] * (position % 64 == 3)[None, :, None, None]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -89,18 +90,23 @@ def dense_times(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
     return times
 
 
-def stage_times(q: Tensor, k: Tensor, density: fractions.Fraction, geometry: Geometry) -> dict[str, float]:
-    """Milliseconds to rank (representatives, normalisers) and to order (scores, bins, table) all tiles, in ranges."""
+def stage_times(q: Tensor, k: Tensor, v: Tensor, density: fractions.Fraction, geometry: Geometry) -> dict[str, float]:
+    """Milliseconds to group keys, to rank (representatives, masses) and to order (scores, bins, table) all tiles."""
     tiling = Tiling(q.shape[2], k.shape[2], True, None, geometry)
     scale = WIDTH**-0.5
-    ranking = ordering.rank(q, k, scale, tiling, Padding())
+    groups = group_keys(k, v, Padding(), geometry)
+    ranking = ordering.rank(q, k, scale, tiling, Padding(), groups)
     ranges = cuda_sparse.ranges(tiling, density, k.shape[1], cuda_sparse.WORKSPACE_BYTES)
 
     def order() -> None:
         for tile0, count in ranges:
             ordering.order(ranking, k, tiling, density, tile0, count)
 
-    return {"rank": measure(lambda: ordering.rank(q, k, scale, tiling, Padding())), "order": measure(order)}
+    return {
+        "group": measure(lambda: group_keys(k, v, Padding(), geometry)),
+        "rank": measure(lambda: ordering.rank(q, k, scale, tiling, Padding(), groups)),
+        "order": measure(order),
+    }
 
 
 def run_case(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geometry: Geometry) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def run_case(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geo
     result = cuda_sparse.forward(q, k, v, **call)
     pairs, visible = int(result.pairs.sum()), int(result.visible.sum())
     del result
-    stages = stage_times(q, k, fractions.Fraction(density).limit_denominator(1 << 20), geometry)
+    stages = stage_times(q, k, v, fractions.Fraction(density).limit_denominator(1 << 20), geometry)
     total = measure(lambda: cuda_sparse.forward(q, k, v, **call))
     attention = total - sum(stages.values())
     return {
@@ -131,7 +137,7 @@ def sweep(q: Tensor, k: Tensor, v: Tensor) -> list[dict[str, Any]]:
             for tile, keys, warps, stages in variants if bundle == 512 else [(128, 64, 8, 3), (128, 64, 4, 3)]:
                 config = Config(tile, keys, warps, stages)
                 cuda_sparse.attend_configs = lambda *_, config=config: [config]
-                geometry = Geometry(tile=tile, block=tile, bundle=bundle)
+                geometry = Geometry(tile=tile, bundle=bundle)
                 try:
                     row = run_case(q, k, v, NEVER, 0.1, geometry)
                 except triton.runtime.errors.OutOfResources:
@@ -147,10 +153,22 @@ def sweep(q: Tensor, k: Tensor, v: Tensor) -> list[dict[str, Any]]:
                 continue
             rows.append({"kernel": "tail", "config": [128, keys, warps, stages], **row})
         cuda_sparse.tail_configs = originals[1]
-        rows.append({"kernel": "no tail", "config": None, **run_case(q, k, v, NEVER, 0.1, Geometry(clusters=0))})
     finally:
         cuda_sparse.attend_configs, cuda_sparse.tail_configs = originals
     return rows
+
+
+def profile(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geometry: Geometry) -> dict[str, float]:
+    """Milliseconds on the device of every kernel of one call, added up by name."""
+    call = {"budgets": (budget,), "max_density": density, "geometry": geometry}
+    cuda_sparse.forward(q, k, v, **call)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        cuda_sparse.forward(q, k, v, **call)
+        torch.cuda.synchronize()
+    found = {event.key[:60]: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:16])
 
 
 def show(row: dict[str, Any]) -> None:
@@ -163,6 +181,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,4096,16384,32768,65536,131072,262144")
     parser.add_argument("--quick", action="store_true", help="16,384 tokens alone")
     parser.add_argument("--sweep", action="store_true", help="ways to run the kernels instead of lengths")
+    parser.add_argument("--profile", action="store_true", help="time on the device by kernel, at density 0.1")
     parser.add_argument("--json", help="write the rows here as well")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -174,6 +193,8 @@ def main() -> None:
         q, k, v = operands(length)
         if options.sweep:
             found = sweep(q, k, v)
+        elif options.profile:
+            found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, Geometry())}]
         else:
             dense = dense_times(q, k, v)
             cases = [(NEVER, 0.05), (NEVER, 0.1), (NEVER, 0.2), (0.5, 1.0)]

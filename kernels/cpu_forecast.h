@@ -1,4 +1,4 @@
-// Foresees how much of its prefix a tile will read, from a sample: kernels/reference_sparse.py, `expected_share`.
+// Foresees how much of its prefix a tile will read, from a sample: kernels/stop_rule.py, `expected_share`.
 
 #pragma once
 
@@ -10,6 +10,8 @@
 #include "cpu_vectors.h"
 
 namespace s2o {
+
+constexpr int64_t kVoters = 8;  // parts of a tile whose last rows vote
 
 // Of a row's mass, the share that `reach`, not read, would have.
 inline float share(float reach, float mass) { return reach == 0.0f ? 0.0f : reach / (mass + reach); }
@@ -56,26 +58,24 @@ inline double Forecaster::expect(const Prefix& prefix, const float* means, const
   return sum / static_cast<double>(outlook.heads);
 }
 
-// Logits of the means, then of the voters, with the sample: an eighth of every second block.
+// Logits of the means, then of the voters, with the sample: a sixteenth of every block.
 inline void Forecaster::sample(const Prefix& prefix, const float* means, const std::vector<Voter>& voters,
                                int64_t block) {
   const auto count = static_cast<int64_t>(voters.size());
   rows_.clear();
   for (int64_t i = 0; i < count; ++i) rows_.push_back(means + i * prefix.width);
   for (const Voter& voter : voters) rows_.push_back(voter.query);
-  const int64_t run = std::max<int64_t>(1, block / 8), every = 2 * block;
-  const int64_t most = ((prefix.high - prefix.low) / every + 2) * run;
+  const int64_t run = std::max<int64_t>(1, block / 16), most = (prefix.high - prefix.low) / block * run;
   stride_ = (most + kLanes - 1) / kLanes * kLanes;
   float *logits = logits_.of(2 * count * stride_), *products = block_.of(2 * count * kLanes);
   count_ = 0;
-  for (int64_t from = prefix.low / every * every; from < prefix.high; from += every)
+  for (int64_t from = prefix.low; from < prefix.high; from += block)
     for (int64_t at = from; at < from + run; at = (at / kLanes + 1) * kLanes) {
-      const int64_t begin = std::max(at, prefix.low), end = std::min((at / kLanes + 1) * kLanes, from + run);
-      if (begin >= std::min(end, prefix.high)) continue;
+      const int64_t end = std::min((at / kLanes + 1) * kLanes, from + run);
       const float* columns = prefix.columns + at / kKeys * kKeys * prefix.width + at % kKeys / kLanes * kLanes;
       multiply_all<1>(rows_.data(), 2 * count, columns, kKeys, prefix.width, products, kLanes);
-      for (int64_t key = begin; key < std::min(end, prefix.high); ++key) {
-        if (prefix.allowed && !prefix.allowed[key]) continue;
+      for (int64_t key = at; key < end; ++key) {
+        if (!prefix.shows(key)) continue;
         for (int64_t i = 0; i < 2 * count; ++i) logits[i * stride_ + count_] = products[i * kLanes + key % kLanes];
         ++count_;
       }

@@ -20,6 +20,7 @@ struct Block {
   const uint8_t* allowed;
   int32_t first;
   int32_t* member;                // (size,)
+  int32_t* count;                 // (clusters,), keys of each that are not hidden
   float *mean, *spread, *mean_v;  // (clusters, D), (clusters, D), (clusters, Dv)
 };
 
@@ -52,6 +53,7 @@ class Grouper {
       average(block.v, block.v_stride, value_width_, block.mean_v, last);
     }
     for (int64_t j = 0; j < size_; ++j) block.member[j] = block.first + nearest_.of(0)[j];
+    std::copy_n(counts_.of(0), clusters_, block.count);
     set_spread(block);
   }
 

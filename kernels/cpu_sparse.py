@@ -56,7 +56,7 @@ def forward(
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes.
         full: a tile that is expected to read more than this share of its prefix reads all of it, which costs less than
-            to rank it; 1 never does (`s2o_inductor.kernels.reference_sparse.expected_share`).
+            to rank it; 1 never does (`s2o_inductor.kernels.stop_rule.expected_share`).
 
     Returns:
         `Sparse`: output in the dtype of q, stored as (B, Sq, Hq, Dv); lse and tail in float32, float64 for float64.
@@ -128,12 +128,12 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *_fields(
-            "q k v tail_k tail_spread tail_v columns member keys budgets output lse tail bundles pairs visible",
+            "q k v tail_k tail_spread tail_v columns size member keys budgets output lse tail bundles pairs visible",
             ctypes.c_void_p,
         ),
         *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
         *_fields("batch heads kv_heads queries length width value_width causal window", ctypes.c_int64),
-        *_fields("tile sink bundle horizon sub_means smoothing block rounds clusters threads", ctypes.c_int64),
+        *_fields("tile sink bundle horizon sub_means run block rounds clusters threads", ctypes.c_int64),
         *_fields("scale max_density limit full", ctypes.c_double),
     ]
 
@@ -150,8 +150,8 @@ class _Native:
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         exact = not any(budgets) and max_density == 1.0  # then nothing is ranked
-        heads, whole = k.shape[:2], k.shape[2] // geometry.block
-        groups = (*heads, whole * geometry.clusters)
+        heads, padded = k.shape[:2], -(-k.shape[2] // _CHUNK) * _CHUNK
+        groups = (*heads, k.shape[2] // geometry.block * geometry.clusters)
         tensors = {
             "q": q,
             "k": k,
@@ -159,8 +159,9 @@ class _Native:
             "tail_k": q.new_empty(*groups, q.shape[3]),
             "tail_spread": q.new_empty(*groups, q.shape[3]),
             "tail_v": q.new_empty(*groups, v.shape[3]),
-            "columns": None if exact else q.new_empty(*heads, -(-k.shape[2] // _CHUNK) * _CHUNK, q.shape[3]),
-            "member": q.new_empty(*heads, whole * geometry.block, dtype=torch.int32),
+            "columns": None if exact else q.new_empty(*heads, padded, q.shape[3]),
+            "size": q.new_empty(*groups, dtype=torch.int32),
+            "member": q.new_empty(*heads, padded, dtype=torch.int32),
             "keys": None if keys is None else keys.contiguous(),
             "budgets": torch.tensor(budgets, dtype=torch.float32),
             **{field.name: getattr(result, field.name) for field in dataclasses.fields(result)},
@@ -185,7 +186,7 @@ class _Native:
                     "bundle",
                     "horizon",
                     "sub_means",
-                    "smoothing",
+                    "run",
                     "block",
                     "rounds",
                     "clusters",

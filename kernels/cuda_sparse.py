@@ -21,15 +21,13 @@ from s2o_inductor.kernels import triton_sparse_order as ordering
 from s2o_inductor.kernels.launching import Config, block_width, heads_last, launch, section_heads
 from s2o_inductor.kernels.operands import aligned, positive_scale
 from s2o_inductor.kernels.reference_sparse import Sparse
-from s2o_inductor.kernels.tail_groups import Groups, tail_groups
+from s2o_inductor.kernels.triton_sparse_groups import GroupTable, group_keys
 from s2o_inductor.kernels.triton_sparse_order import Order
 from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, Padding, Tiling, steps_of
 from s2o_inductor.sparse_policy import Geometry
 
 # Tables and scratch of the tiles that are worked on at a time; a single row of tiles may need more.
 WORKSPACE_BYTES = 512 << 20
-# Most that float32 copies of keys and values take while their groups are made.
-_GROUPED_BYTES = 256 << 20
 GEOMETRY = Geometry()
 # Widest rows of keys and values, and most representatives of a tile, that leave room for the rest of a program.
 _WIDTH = 256
@@ -59,7 +57,7 @@ def tail_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
     if dtype == torch.float32:
         return [Config(min(tile, 32 if width <= 128 else 16), 16, 8, 1)]
     if width <= 128:
-        return [Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 32, 8, 1)]
+        return [Config(tile, 64, 8, 3), Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 32, 8, 1)]
     return [Config(min(tile, 64), 32, 8, 2), Config(min(tile, 64), 16, 8, 1)]
 
 
@@ -88,7 +86,7 @@ class _Call:
     tiling: Tiling
     padding: Padding
     budgets: Tensor
-    groups: Groups | None
+    groups: GroupTable | None
     output: Tensor
     lse: Tensor
     per_tile: dict[str, Tensor]
@@ -101,14 +99,12 @@ class _Call:
         batch, heads = q.shape[:2]
         q, scale, _ = positive_scale(q, scale)
         q, k, v = aligned(q), aligned(k), aligned(v)
-        padding = Padding.of(keys)
+        padding = Padding.of(keys, tiling.geometry.run)
         kinds = {
             "bundles": torch.int64, "tail": torch.float32, "pairs": torch.int64, "visible": torch.int64,
         }  # fmt: skip
         shape = (batch, heads, tiling.count)
-        groups = None
-        if tiling.geometry.clusters and max(budgets) >= 0 and tiling.keys >= tiling.geometry.block:
-            groups = _groups(k, v, keys, tiling.geometry)
+        groups = group_keys(k, v, padding, tiling.geometry) if tiling.geometry.clusters else None
         return _Call(
             q, k, v, scale, tiling, padding, _on_device(budgets, heads, q.device), groups,
             heads_last(q, heads, q.shape[2], v.shape[3]),
@@ -148,10 +144,8 @@ class _Call:
         if self.groups is None or order.bundle_of is None:
             return
         extra = {
-            "member_ptr": self.groups.member, "mean_k_ptr": self.groups.k, "variance_ptr": self.groups.variance,
-            "mean_v_ptr": self.groups.v, "bundle_of_ptr": order.bundle_of, "base": order.base,
-            "room": order.bundle_of.shape[3], "blocks": self.tiling.keys // geometry.block, "limit": geometry.limit,
-            "CLUSTERS": geometry.clusters,
+            **self.groups.arguments(), "bundle_of_ptr": order.bundle_of, "base": order.base,
+            "room": order.bundle_of.shape[3], "limit": geometry.limit,
         }  # fmt: skip
         launch(
             kernels.tail_kernel, tail or tail_configs(*sizes),
@@ -207,13 +201,16 @@ def forward(
     tiling = _checked(q, k, v, budgets, causal, window, keys, geometry)
     if not 0 < max_density <= 1:
         raise ValueError(f"max_density must be in (0, 1]; got {max_density}")
+    if not geometry.clusters:
+        raise ValueError("the CUDA kernels rank keys by their groups: clusters must be at least 1 here; got 0")
     density = fractions.Fraction(max_density).limit_denominator(1 << 20) or fractions.Fraction(1, 1 << 20)
     exact = tuple(_EXACT if budget == 0 else budget for budget in budgets)
     with _device_of(q):
         call = _Call.of(q, k, v, _scale(q, scale), exact, tiling, keys)
         if call.output.numel() == 0:
             return call.result()
-        ranking = ordering.rank(call.q, call.k, call.scale, tiling, call.padding)
+        assert call.groups is not None
+        ranking = ordering.rank(call.q, call.k, call.scale, tiling, call.padding, call.groups)
         for tile0, count in ranges(tiling, density, q.shape[0] * k.shape[1], workspace_bytes):
             call.run(ordering.order(ranking, call.k, tiling, density, tile0, count), False, None, None)
         return call.result()
@@ -241,9 +238,9 @@ def attend(
         q: (B, Hq, Sq, D), and the following as in `forward`.
         k: (B, Hkv, Sk, D).
         v: (B, Hkv, Sk, Dv).
-        table: int32 (B, Hkv, tiles, places), positions of the keys that a tile reads, in this order; each at most once,
-            and inside the tile's prefix (`Tiling.prefix`) where `keys` shows it. Not checked: that would have to wait
-            for the device.
+        table: int32 (B, Hkv, tiles, places), the runs of keys that a tile reads, in this order, each as its first
+            position over `geometry.run`; each at most once, inside the tile's prefix (`Tiling.prefix`), and with a key
+            that `keys` shows. Not checked: that would have to wait for the device.
         listed: int32 (B, Hkv, tiles), how many of the places count.
         scale: of the scores.
         budgets: as in `forward`, but 0 reads all that is listed.
@@ -268,13 +265,16 @@ def attend(
         call = _Call.of(q, k, v, _scale(q, scale), budgets, tiling, keys)
         if call.output.numel() == 0:
             return call.result()
-        missing = max(-(-table.shape[3] // geometry.bundle), 1) * geometry.bundle - table.shape[3]
+        of_bundle = geometry.bundle // geometry.run
+        missing = max(-(-table.shape[3] // of_bundle), 1) * of_bundle - table.shape[3]
         table = torch.nn.functional.pad(table, (0, missing), value=-1).contiguous()
         bundle_of, base = None, 0
         if geometry.clusters:
             base, room, _ = ordering.span_of(tiling, 0, tiling.count)
             bundle_of = torch.full((*shape, room), UNLISTED.value, dtype=torch.int16, device=q.device)
-            sizes = {"places": table.shape[3], "room": room, "base": base, "BUNDLE": geometry.bundle}
+            sizes = {
+                "places": table.shape[3], "room": room, "base": base, "RUN": geometry.run, "BUNDLE": geometry.bundle,
+            }  # fmt: skip
             listed = listed.contiguous()
             launch(
                 kernels.bundle_of_kernel, [Config(0, 64, 4, 1)],
@@ -297,26 +297,6 @@ def ranges(tiling: Tiling, density: fractions.Fraction, heads: int, most: int) -
         found.append((end - count, count))
         end -= count
     return found
-
-
-def _groups(k: Tensor, v: Tensor, keys: Tensor | None, geometry: Geometry) -> Groups:
-    """`tail_groups` as the tail kernel reads them.
-
-    Made in float32, some blocks at a time, which changes nothing: a block's groups follow from it alone. `member` is
-    uint8, counted within the block; `k` and `v` are of the type of k, `variance`, which may pass its range, float32.
-    """
-    batch, heads, length, width = k.shape
-    whole = length // geometry.block * geometry.block
-    row_bytes = 4 * batch * heads * (width + v.shape[3])
-    span = max(_GROUPED_BYTES // row_bytes // geometry.block, 1) * geometry.block
-    parts = []
-    for first in range(0, whole, span):
-        at = slice(first, min(first + span, whole))
-        hidden = None if keys is None else ~keys[:, None, at]
-        found = tail_groups(k[:, :, at].float(), v[:, :, at].float(), hidden, geometry)
-        member = (found.member % geometry.clusters).to(torch.uint8)
-        parts.append((member, found.k.to(k.dtype), found.variance, found.v.to(v.dtype)))
-    return Groups(*(torch.cat(x, dim=2) for x in zip(*parts, strict=True)))
 
 
 def _on_device(budgets: tuple[float, ...], heads: int, device: torch.device) -> Tensor:

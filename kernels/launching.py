@@ -20,7 +20,7 @@ UNSPECIALIZED = [
     "queries", "keys", "lower", "upper", "heads", "group", "section", "splits", "limit", "tiles_heads",
     # Of the sparse kernels: positions and tiles, places in their tables, and the density as a fraction.
     "window", "sink", "first_tile", "tile0", "count", "tiles", "base", "room", "places", "segments", "blocks",
-    "numerator", "denominator",
+    "groups", "numerator", "denominator",
 ]  # fmt: skip
 # What heads that run side by side read should stay in the L2 cache of a data-centre GPU.
 _CACHED_BYTES = 32 << 20

@@ -3,15 +3,16 @@
 S2O (arXiv 2602.22575) lets every tile of queries read the tokens of its prefix in falling order of importance,
 through an index, until what is left is not worth reading. The steps, each a function below:
 
-    score   representatives of the tile's queries rank every token of the prefix        `token_scores`
-    order   the prefix by falling score                                                 `token_order`
+    score   mean queries of the tile rank the runs of neighbouring keys of the prefix   `run_scores`
+    order   the prefix by falling score                                                 `run_order`
     attend  the dense part, then bundle after bundle of the order, until the stop rule  `sparse_attention`
     tail    groups of like keys stand in for those of them that were skipped             `tail_groups`
 
-Two variants matter. The paper's: one mean query per segment of queries, stop when a bundle's share of the mass so
-far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `clusters=0`). Ours: the mean of the softmax of
-several sub-means per tile, stop when the worst row's estimated tail falls under the budget, and a tail of grouped
-keys, which on the heads of a trained model divides the error at equal density by five to eight (BENCHMARKS.md).
+Two variants matter. The paper's: one mean query per segment of queries ranks single tokens by their share, stop when
+a bundle's share of the mass so far falls under tau, the tail dropped (`rule="gain"`, `sub_means=1`, `run=1`,
+`clusters=0`). Ours: a tail of grouped keys, which on the heads of a trained model divides the error at equal density
+by five to eight (BENCHMARKS.md); runs of keys ranked by what that tail gets wrong about them; stop when the worst
+row's estimated tail falls under the budget.
 
 Everything keeps the dtype of its inputs, so float64 gives the truth for a given selection.
 """
@@ -26,7 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
+from s2o_inductor.kernels.stop_rule import expected_share, stop_after
+from s2o_inductor.kernels.tail_groups import Groups, groups_within, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
 _HIDDEN = float("-inf")
@@ -53,48 +55,61 @@ class Sparse:
     visible: Tensor
 
 
-def token_scores(q: Tensor, k: Tensor, scale: float, sub_means: int, smoothing: int, hidden: Tensor | None) -> Tensor:
-    """Importance of every token of a prefix for a tile of queries; sums to 1 but for smoothing at the ends.
+def run_scores(
+    q: Tensor, k: Tensor, scale: float, geometry: Geometry, groups: Groups | None, hidden: Tensor | None
+) -> Tensor:
+    """Importance of every run of neighbouring keys of a prefix for a tile of queries.
 
-    The tile is cut into `sub_means` runs of rows (fewer where it is short); each run's mean query takes a softmax
-    over the prefix, and the score is the mean of these over runs and over the heads in `q`. Then a moving average
-    over neighbouring positions (fewer at the ends).
+    The tile is cut into `sub_means` parts of rows (fewer where it is short). For the mean query of each, a key's share
+    of the softmax over the prefix is compared with the share of one key of its group: a key that is like its group
+    loses nothing if the group stands in for it, so what counts is how far the two lie apart. The score of a run is the
+    mean of that distance over its visible keys, over parts and over the heads in `q`. The mass of the prefix, which
+    shares are of, is that of its groups. Without groups a key's score is its share.
 
     Args:
         q: (G, R, D), the queries of a tile; all G heads share the order.
-        k: (N, D), the prefix.
+        k: (N, D), the prefix, whole runs.
         scale: of the scores.
-        sub_means: runs.
-        smoothing: neighbours in the average, odd.
-        hidden: bool (N,), keys that no row sees; their score is 0. None hides nothing.
+        geometry: sizes.
+        groups: of the prefix's keys alone, numbered from 0; None without a tail.
+        hidden: bool (N,), keys that no row sees; they do not count. None hides nothing.
 
     Returns:
-        (N,).
+        (N / run,); 0 where no key of the run is visible.
     """
-    means = torch.stack([part.mean(dim=1) for part in q.tensor_split(min(sub_means, q.shape[1]), dim=1)], dim=1)
-    logits = means @ k.T * scale
-    if hidden is not None:
-        logits = logits.masked_fill(hidden, _HIDDEN)
-    scores = logits.softmax(dim=-1).mean(dim=(0, 1))
-    if smoothing > 1 and scores.numel():
-        scores = torch.nn.functional.avg_pool1d(
-            scores[None], smoothing, stride=1, padding=smoothing // 2, count_include_pad=False
-        )[0]
-    return scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    parts = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
+    means = torch.stack([part.mean(dim=1) for part in parts], dim=1).flatten(0, 1)
+    shown = torch.ones(k.shape[0], dtype=torch.bool, device=k.device) if hidden is None else ~hidden
+    logits = (means @ k.T * scale).masked_fill(~shown, _HIDDEN)
+    if groups is None:
+        apart = logits.softmax(dim=1)
+    else:
+        size = groups.member[shown].bincount(minlength=groups.k.shape[0])
+        of_groups = tail_logits(means, groups, size, scale, geometry.limit)
+        total = of_groups.logsumexp(dim=1, keepdim=True)
+        share = (of_groups - size.to(q.dtype).log() - total).exp()
+        apart = ((logits - total).exp() - share[:, groups.member]).abs()
+    score = apart.mean(dim=0).masked_fill(~shown, 0.0).unflatten(0, (-1, geometry.run)).sum(dim=1)
+    return score / shown.unflatten(0, (-1, geometry.run)).sum(dim=1).clamp(min=1)
 
 
-def token_order(scores: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Positions by falling score, equal scores by position; hidden positions are left out.
+def run_order(scores: Tensor, run: int, hidden: Tensor | None = None) -> Tensor:
+    """The keys of runs by falling score, equal scores by position; a run without a visible key is left out.
+
+    A hidden key of a run that is listed takes a place in its bundle and no part in anything else.
 
     Args:
-        scores: (N,).
+        scores: (N / run,).
+        run: keys of a run.
         hidden: bool (N,), or None.
 
     Returns:
-        int64, (N,) less the hidden positions.
+        int64, positions of keys, `run` for each run that is left.
     """
     order = scores.argsort(descending=True, stable=True)
-    return order if hidden is None else order[~hidden[order]]
+    if hidden is not None:
+        order = order[~hidden.unflatten(0, (-1, run)).all(dim=1)[order]]
+    return (order[:, None] * run + torch.arange(run, device=order.device)).flatten()
 
 
 def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
@@ -102,105 +117,6 @@ def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
     first = keys - queries
     edges = [first, *range((first // tile + 1) * tile, keys, tile), keys]
     return list(itertools.pairwise(edges)) if queries else []
-
-
-def stop_after(
-    masses: Tensor, remaining: Tensor, sizes: Tensor, rule: str, budget: float, seen: Tensor,
-    most: int | None = None, horizon: int = 1,
-) -> tuple[int, Tensor]:  # fmt: skip
-    """How many bundles a tile reads, and the estimated share of its mass that it then leaves, per row.
-
-    With `gain` the share of the mass so far that bundle u brought:
-
-        "tail"  r gain / (1 + r gain), r = tokens left / tokens of the bundle: the share that is left if later
-                tokens weigh as much as the last bundle's. Stop when the worst row's, with r at least `horizon`,
-                is at most the budget.
-        "gain"  the paper's rule: added mass / mass before it. Stop when its mean over rows is under the budget.
-
-    Args:
-        masses: (R, U + 1), the mass of the dense part and of each bundle, relative to one peak per row.
-        remaining: (U,), tokens of the order that are left after each bundle.
-        sizes: (U,), tokens of each bundle.
-        rule: "tail" or "gain".
-        budget: the threshold.
-        seen: bool (R,), rows that exist and see a key; the others do not vote.
-        most: bundles that may be read at all; None is all of them.
-        horizon: see `Geometry`.
-
-    Returns:
-        bundles read, 0 to U, and the tail estimate (R,) at that point.
-
-    Raises:
-        ValueError: there is no such rule.
-    """
-    if rule not in ("tail", "gain"):
-        raise ValueError(f'rule must be "tail" or "gain"; got {rule!r}')
-    total = masses.cumsum(dim=1)
-    added, before, after = masses[:, 1:], total[:, :-1], total[:, 1:]
-    gain = torch.where(after > 0, added / after, 0.0)
-    ratio = (remaining / sizes).to(gain.dtype)
-    left = ratio * gain / (1 + ratio * gain)
-    assumed = ratio.clamp(min=horizon).where(ratio > 0, 0.0) * gain
-    nothing = torch.zeros_like(masses[:, 0])
-    if not seen.any() or not added.shape[1]:
-        return 0, nothing
-    if rule == "tail":
-        fine = (assumed / (1 + assumed))[seen].amax(dim=0) <= budget
-    else:
-        fine = torch.where(before > 0, added / before, math.inf)[seen].mean(dim=0) < budget
-    fine[-1] = True  # nothing is left
-    read = int(fine.to(torch.int8).argmax()) + 1
-    read = read if most is None else min(read, most)
-    return read, left[:, read - 1].masked_fill(~seen, 0.0)
-
-
-def expected_share(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, budgets: Sequence[float], low: int, hidden: Tensor,
-    geometry: Geometry,
-) -> float:  # fmt: skip
-    """The share of its prefix that a tile can be expected to read under the rule "tail", mean of its heads.
-
-    The rule is tried on a sample of the prefix, an eighth of every second block: its keys ranked by the sub-means, each
-    standing for as many as there are keys to one of the sample, and the last row of each sub-mean's run voting.
-
-    Args:
-        q: (G, R, D), the queries of a tile.
-        k: (N, D), the prefix, from position `low` on.
-        lse: (G, R), log-sum of what the rows read densely.
-        scale: of the scores.
-        budgets: one for each of the G heads.
-        low: first position of the prefix.
-        hidden: bool (N,), keys that no row sees.
-        geometry: sizes.
-
-    Returns:
-        0 to 1; 0 where no key is sampled.
-    """
-    at = torch.arange(low, low + k.shape[0], device=k.device)
-    sampled = (at % (2 * geometry.block) < max(1, geometry.block // 8)) & ~hidden
-    total, count, bundle = int((~hidden).sum()), int(sampled.sum()), geometry.bundle
-    if not count:
-        return 0.0
-    runs = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
-    ends = torch.tensor([run.shape[1] for run in runs], device=q.device).cumsum(0) - 1
-    order = token_order(token_scores(q, k[sampled], scale, geometry.sub_means, 1, None))
-    logits = (q[:, ends] @ k[sampled].T * scale)[..., order]
-    top = logits.amax(dim=2).maximum(lse[:, ends])
-    weights = (logits - top[..., None]).exp() * (total / count)
-    starts = torch.arange(0, total, bundle)
-    sizes = (total - starts).clamp(max=bundle)
-    edges = [int(start) * count // total for start in starts] + [count]
-    masses = torch.stack(
-        [(lse[:, ends] - top).exp(), *(weights[..., i:j].sum(dim=2) for i, j in itertools.pairwise(edges))], dim=2
-    )
-    shares = []
-    for head, budget in enumerate(budgets):
-        read, _ = stop_after(
-            masses[head], (total - starts - sizes).to(q.device), sizes.to(q.device), "tail", budget,
-            torch.ones_like(ends, dtype=torch.bool), None, geometry.horizon,
-        )  # fmt: skip
-        shares.append(min(read * bundle, total) / total if budget > 0 else 1.0)
-    return sum(shares) / len(shares)
 
 
 def sparse_attention(
@@ -281,11 +197,11 @@ def sparse_attention(
                 orders: list[Tensor] = []
                 limits = [budgets[h % len(budgets)] for h in range(head * group, (head + 1) * group)]
                 for members in [slice(0, group)] if share_order else [slice(i, i + 1) for i in range(group)]:
-                    scores = token_scores(
-                        q[b, of_group, rows][members], k[b, head, prefix], scale,
-                        geometry.sub_means, geometry.smoothing, hidden,
+                    scores = run_scores(
+                        q[b, of_group, rows][members], k[b, head, prefix], scale, geometry,
+                        groups_within(groups, prefix, geometry), hidden,
                     )  # fmt: skip
-                    orders += [token_order(scores, hidden)] * (members.stop - members.start)
+                    orders += [run_order(scores, geometry.run, hidden)] * (members.stop - members.start)
                     if full < 1 and rule == "tail" and max_density == 1:
                         queries_here = q[b, of_group, rows][members]
                         logits = (queries_here @ k[b, head].T * scale).masked_fill(~sees, _HIDDEN)
@@ -309,12 +225,15 @@ def sparse_attention(
     return Sparse(output, lse, bundles, tail, pairs, visible)
 
 
-def chosen_keys(q: Tensor, k: Tensor, *, budget: float, geometry: Geometry, scale: float | None = None) -> Tensor:
+def chosen_keys(
+    q: Tensor, k: Tensor, v: Tensor, *, budget: float, geometry: Geometry, scale: float | None = None
+) -> Tensor:
     """Which keys every tile of one causal head reads, for pictures: bool (tiles, Sk).
 
     Args:
         q: (Sq, D).
         k: (Sk, D), Sq <= Sk.
+        v: (Sk, Dv).
         budget: threshold of the rule "tail".
         geometry: sizes.
         scale: defaults to D ** -0.5.
@@ -322,13 +241,14 @@ def chosen_keys(q: Tensor, k: Tensor, *, budget: float, geometry: Geometry, scal
     queries, length = q.shape[0], k.shape[0]
     scale = q.shape[1] ** -0.5 if scale is None else scale
     allowed = torch.ones(length, dtype=torch.bool, device=q.device)
+    groups = tail_groups(k, v, None, geometry) if geometry.clusters else None
     chosen = []
     for start, end in tiles_of(queries, length, geometry.tile):
         rows = q[start - (length - queries) : end - (length - queries)]
         sees = _visible(start, end, length, True, None, allowed)
         prefix = slice(*_prefix(start, end, length, True, None, geometry))
-        scores = token_scores(rows[None], k[prefix], scale, geometry.sub_means, geometry.smoothing, None)
-        order = token_order(scores)
+        scores = run_scores(rows[None], k[prefix], scale, geometry, groups_within(groups, prefix, geometry), None)
+        order = run_order(scores, geometry.run)
         _, _, read = _choose(rows, k, sees, prefix, order, scale, "tail", budget, 1.0, geometry)
         chosen.append(read & sees.any(dim=0))
     return torch.stack(chosen)

@@ -1,13 +1,13 @@
 """S2O sparse attention in Triton: the keys of a tile's order, bundle by bundle, until what is left is not worth it.
 
-Keys and values stay where they are: each key tile is loaded through a page table of positions (see
+Keys and values stay where they are: each key tile is loaded through a page table of runs of keys (see
 `kernels/triton_sparse_order.py`, but any table will do). Two kernels write the output:
 
     attend   the dense part of a tile of queries, then its bundles, with the stop test between them
     tail     the groups of like keys that stand in for what was not read, folded into the output by its log-sum-exp
 
-Groups are made once per key/value head, by `kernels/tail_groups.py`. A tile of a query head, which stops by itself,
-adds only how many keys of each group it did not read.
+Groups are made once per key/value head, by `kernels/triton_sparse_groups.py`. A tile of a query head, which stops by
+itself, adds only how many keys of each group it did not read.
 """
 
 # Device code has no types that mypy knows.
@@ -24,6 +24,7 @@ from s2o_inductor.kernels.triton_sparse_tiles import (
     gather_rows,
     load_allowed,
     ranked_keys,
+    ranked_runs,
     tile_keys,
 )
 
@@ -75,16 +76,16 @@ def _finish(state, out_ptr, lse_ptr, batch, head, heads, query, queries, DV: tl.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend_kernel(
     q_ptr, q_steps, k_ptr, k_steps, v_ptr, v_steps, out_ptr, lse_ptr, table_ptr, listed_ptr, allowed_ptr, before_ptr,
-    budgets_ptr, bundles_ptr, tail_ptr, pairs_ptr, visible_ptr, heads, group, queries, keys, window, sink, first_tile,
-    tiles, tile0, count, places, section, scale, TILE: tl.constexpr, UNIT: tl.constexpr,
+    runs_ptr, budgets_ptr, bundles_ptr, tail_ptr, pairs_ptr, visible_ptr, heads, group, queries, keys, window, sink,
+    first_tile, tiles, tile0, count, places, section, scale, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr, BUNDLE: tl.constexpr,
     HORIZON: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp and statistics of one tile of one query head, before the tail.
 
-    A head with a budget below 0 reads its whole prefix in place, whatever the table lists. RAGGED says that `listed`
-    need not be a multiple of BN.
+    A head with a budget below 0 reads its whole prefix in place, whatever the table lists. RAGGED says that the keys of
+    listed runs need not be a multiple of BN.
     """
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
     of_range, bh = schedule(count, section, CAUSAL)
@@ -94,8 +95,9 @@ def attend_kernel(
     kv_head = head // group
     start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
     ranked = ranked_keys(before_ptr, batch, keys, low, high, KEYS)
+    places_ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS) * RUN
     row = ((batch * (heads // group) + kv_head) * count + of_range).to(tl.int64)
-    listed = tl.load(listed_ptr + row)
+    listed = tl.load(listed_ptr + row) * RUN
     budget = tl.load(budgets_ptr + head)
 
     position = (first_tile + tile) * TILE + tl.arange(0, TILE)
@@ -115,7 +117,7 @@ def attend_kernel(
         before = 0
         after = tl.cdiv(last - first, BN)
     pairs = tl.zeros((TILE,), tl.int32)
-    for step in tl.range(0, before + after, num_stages=2):
+    for step in tl.range(0, before + after):
         from_start = (step < before) | (low == high)
         key = tl.where(from_start, first + step * BN, tl.maximum(high, first) + (step - before) * BN) + tl.arange(0, BN)
         there = load_allowed(allowed_ptr, batch, keys, key, key < tl.where(step < before, low, last), KEYS)
@@ -132,9 +134,10 @@ def attend_kernel(
 
     bundles = start * 0
     left = tl.zeros((TILE,), tl.float32)
-    tokens = start * 0
+    tokens = start * 0  # places of the order, in which some keys may be hidden
+    read = start * 0
     if budget < 0.0:
-        for key0 in tl.range(low, high, BN, num_stages=2):
+        for key0 in tl.range(low, high, BN):
             key = key0 + tl.arange(0, BN)
             # Prefixes need not be a multiple of BN.
             there = load_allowed(allowed_ptr, batch, keys, key, key < high, KEYS)
@@ -142,30 +145,41 @@ def attend_kernel(
                 (acc, peak, total), q, k_ptr, k_steps, v_ptr, v_steps, batch, kv_head, key, there, scale2, True,
                 D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-        tokens = ranked
-        bundles = tl.cdiv(ranked, BUNDLE)
+        read = ranked
+        bundles = tl.cdiv(places_ranked, BUNDLE)
     else:
         going = listed > 0
         while going:
             peak0 = peak
             total0 = total
             size = tl.minimum(listed - tokens, BUNDLE)
-            here = table_ptr + row * places + tokens
+            here = table_ptr + row * places + tokens // RUN
+            of_step = tl.arange(0, BN)
+            run = tl.load(here + of_step // RUN)
             for step in tl.range(0, tl.cdiv(size, BN)):
-                key = tl.load(here + step * BN + tl.arange(0, BN))
-                there = step * BN + tl.arange(0, BN) < size
+                there = step * BN + of_step < size
                 if RAGGED:
-                    key = tl.where(there, key, 0)
+                    run = tl.where(there, run, 0)
+                key = run * RUN + of_step % RUN
+                # The next step's runs, a step ahead: a load whose address another load of the same step brings
+                # would leave the pipeline one stage for the two of them.
+                ahead = (step + 1) * BN + of_step
+                run = tl.load(here + ahead // RUN, mask=ahead < size, other=0)
+                if KEYS:
+                    there = load_allowed(allowed_ptr, batch, keys, key, there, KEYS)
+                    read += tl.sum(there.to(tl.int32), 0)
                 acc, peak, total = _read(
                     (acc, peak, total), q, k_ptr, k_steps, v_ptr, v_steps, batch, kv_head, key, there, scale2, RAGGED,
                     D, DV, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
             bundles += 1
             tokens += size
-            # What is left if later tokens weigh as much as this bundle's (`reference_sparse.stop_after`, "tail").
+            if not KEYS:
+                read += size
+            # What is left if later tokens weigh as much as this bundle's (`stop_rule.stop_after`, "tail").
             kept = total0 * tl.exp2(peak0 - tl.where(peak == float("-inf"), 0.0, peak))
             gain = 1.0 - tl.minimum(kept / tl.where(total > 0.0, total, 1.0), 1.0)
-            ratio = (ranked - tokens).to(tl.float32) / size.to(tl.float32)
+            ratio = (places_ranked - tokens).to(tl.float32) / size.to(tl.float32)
             counts = exists & (total > 0.0)
             left = tl.where(counts, ratio * gain / (1.0 + ratio * gain), 0.0)
             assumed = tl.where(ratio > 0.0, tl.maximum(ratio, HORIZON), 0.0) * gain
@@ -179,33 +193,46 @@ def attend_kernel(
     dense = tl.sum(pairs.to(tl.int64), 0)
     tl.store(bundles_ptr + place, bundles.to(tl.int64))
     tl.store(tail_ptr + place, tl.sum(left, 0) / tl.maximum(seen, 1).to(tl.float32))
-    tl.store(pairs_ptr + place, dense + tokens * rows)
+    tl.store(pairs_ptr + place, dense + read * rows)
     tl.store(visible_ptr + place, dense + ranked * rows)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def bundle_of_kernel(table_ptr, listed_ptr, bundle_of_ptr, places, room, base, BUNDLE: tl.constexpr, BN: tl.constexpr):
-    """Bundles by position from a page table that came without, BN places of one row."""
+def bundle_of_kernel(
+    table_ptr, listed_ptr, bundle_of_ptr, places, room, base, RUN: tl.constexpr, BUNDLE: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Bundles by run from a page table that came without, BN places of one row."""
     blocks = tl.cdiv(places, BN)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     there = place < tl.load(listed_ptr + row)
-    key = tl.load(table_ptr + row * places + place, mask=there, other=0)
-    tl.store(bundle_of_ptr + row * room + key - base, (place // BUNDLE).to(tl.int16), mask=there)
+    run = tl.load(table_ptr + row * places + place, mask=there, other=0)
+    to = bundle_of_ptr + row * room + run - base // RUN
+    tl.store(to, (place // (BUNDLE // RUN)).to(tl.int16), mask=there)
+
+
+@triton.jit
+def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: tl.constexpr, SPAN: tl.constexpr):
+    """The bundles of the runs of keys [key0, key0 + SPAN) below `high`, and how many keys they have in each group."""
+    run = key0 // RUN + tl.arange(0, SPAN // RUN)
+    entry = key0 // RUN * CLUSTERS + tl.arange(0, SPAN // RUN * CLUSTERS)
+    bundle = tl.load(of_bundle + run, mask=run < high // RUN, other=0)
+    return bundle, tl.load(of_counts + entry, mask=entry < high // RUN * CLUSTERS, other=0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tail_kernel(
-    q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, member_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
-    allowed_ptr, before_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles,
-    tile0, count, base, room, blocks, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr,
+    q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, counts_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
+    runs_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count,
+    base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, BUNDLE: tl.constexpr, CLUSTERS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
 
-    See `tail_groups.tail_logits`. `member_ptr` is uint8 (B, Hkv, blocks * UNIT), each key's group in its block.
+    See `tail_groups.tail_logits`, and `GroupTable` for what it reads. BN is a multiple of CLUSTERS.
     """
     part, bh = schedule(count * (TILE // BM), section, CAUSAL)
     of_range = part // (TILE // BM)
@@ -214,19 +241,18 @@ def tail_kernel(
     head = bh % heads
     kv_bh = (batch * (heads // group) + head // group).to(tl.int64)
     start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
-    ranked = ranked_keys(before_ptr, batch, keys, low, high, KEYS)
+    ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
     row = kv_bh * count + of_range
     bundles = tl.load(bundles_ptr + bh.to(tl.int64) * tiles + tile).to(tl.int32)
-    read = tl.minimum(tl.load(listed_ptr + row), bundles * BUNDLE)
+    read = tl.minimum(tl.load(listed_ptr + row), bundles * (BUNDLE // RUN))
     if (read < ranked) & (tl.load(budgets_ptr + head) >= 0.0):
         position = (first_tile + tile) * TILE + part % (TILE // BM) * BM + tl.arange(0, BM)
         exists = (position >= start) & (position < end)
         query = position - (keys - queries)
         q = gather_rows(q_ptr, q_steps, batch, head, query, exists, True, D, BLOCK_D)
         scale2 = tl.cast(scale, tl.float32) * LOG2_E
-        # Squares of half precision pass its range; tf32 holds them, and rounds no coarser than it.
-        PRECISION: tl.constexpr = "ieee" if q_ptr.dtype.element_ty == tl.float32 else "tf32"
-        squares = q.to(tl.float32) * q.to(tl.float32) * (0.5 * scale * scale2)
+        wide = q.to(tl.float32)
+        squares = (wide * wide * (0.5 * scale * scale2)).to(variance_ptr.dtype.element_ty)
         most = tl.cast(limit, tl.float32) * LOG2_E
         # The state of the softmax that `attend_kernel` left, with the output for its sum and 1 for its total.
         place = (batch.to(tl.int64) * heads + head) * queries + query
@@ -234,24 +260,27 @@ def tail_kernel(
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
         steps = (queries.to(tl.int64) * heads * DV, DV, heads.to(tl.int64) * DV)
         acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
-        groups = blocks.to(tl.int64) * CLUSTERS
         SPAN: tl.constexpr = BN // CLUSTERS * UNIT
+        of_bundle = bundle_of_ptr + row * room - base // RUN
+        of_counts = counts_ptr + kv_bh * groups * (UNIT // RUN)
+        bundle, counts = _load_unread(of_bundle, of_counts, low, high, RUN, CLUSTERS, SPAN)
         for key0 in tl.range(low, high, SPAN):
-            key = key0 + tl.arange(0, SPAN)
-            inside = key < high
-            # A key that may not be seen is in no bundle either.
-            unread = tl.load(bundle_of_ptr + row * room + key - base, mask=inside, other=0) >= bundles
-            unread = load_allowed(allowed_ptr, batch, keys, key, inside & unread, KEYS)
-            member = tl.load(member_ptr + kv_bh * blocks * UNIT + key, mask=inside, other=0).to(tl.int32)
-            member += tl.arange(0, SPAN) // UNIT * CLUSTERS
-            left = tl.histogram(member, BN, mask=unread)
+            unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, UNIT // RUN, 1)
+            of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, UNIT // RUN, CLUSTERS)
+            left = tl.sum(of_group * unread, 1).reshape(BN)
+            # A step ahead: the pipeline is for operands of products alone.
+            bundle, counts = _load_unread(of_bundle, of_counts, key0 + SPAN, high, RUN, CLUSTERS, SPAN)
             number = key0 // UNIT * CLUSTERS + tl.arange(0, BN)
-            there = number < groups
-            k = gather_rows(mean_k_ptr, (groups * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)
-            variance = gather_rows(variance_ptr, (groups * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)
-            spread = tl.minimum(tl.dot(squares, variance.T, input_precision=PRECISION), most)
+            there = number < high // UNIT * CLUSTERS
+            k = gather_rows(mean_k_ptr, (groups.to(tl.int64) * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)
+            variance = gather_rows(
+                variance_ptr, (groups.to(tl.int64) * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D
+            )
+            spread = tl.minimum(tl.dot(squares, variance.T, input_precision="ieee"), most)
             logits = tl.dot(q, k.T, input_precision="ieee") * scale2 + spread
             logits += tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), float("-inf"))[None, :]
-            v = gather_rows(mean_v_ptr, (groups * DV, 0, DV), kv_bh, head, number, there, True, DV, BLOCK_DV)
+            v = gather_rows(
+                mean_v_ptr, (groups.to(tl.int64) * DV, 0, DV), kv_bh, head, number, there, True, DV, BLOCK_DV
+            )
             acc, peak, total = _update((acc, peak, total), logits, v, 1.0)
         _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)

@@ -1,14 +1,14 @@
 """The order in which tiles of queries read their prefix, in Triton: scores, bins of falling score, page tables.
 
 `kernels/reference_sparse.py` says what is scored and how. A sort of every prefix would cost more than the attention
-that it saves, so tokens are only told apart by bins, eight to a factor of two of their score: bins in falling order,
-positions rising inside one. That is enough: any order inside a bundle is as good as another, and scores in a bin
-differ by an eighth at most. Six kernels, none of which waits for the host:
+that it saves, so runs of keys are only told apart by bins, eight to a factor of two of their score: bins in falling
+order, positions rising inside one. That is enough: any order inside a bundle is as good as another, and scores in a
+bin differ by an eighth at most. Six kernels, none of which waits for the host:
 
-    representatives   mean queries of the runs of each tile, for all query heads of a key/value head
-    normalisers       log-sum-exp of each representative's scores over its prefix        } tensor cores, each reads
-    scores            mean over representatives of their softmax, per token              } all keys once per tile group
-    bins              neighbours averaged, bin of every token, histogram per segment
+    representatives   mean queries of the parts of each tile, for all query heads of a key/value head
+    masses            log-sum-exp of each representative's scores over the groups of its prefix
+    scores            how far keys are from their group, mean over representatives and runs, as bins; reads all keys
+    histogram         runs in each bin, per segment of the prefix
     offsets, place    a counting sort by bin: where each bin of each segment starts, then the page table
 
 Everything but the first two works on a range of tiles whose tables fit the workspace.
@@ -31,10 +31,12 @@ from torch import Tensor
 from s2o_inductor.kernels import triton_sparse_table as sorting
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, block_width, launch, tiles_of
 from s2o_inductor.kernels.primitives import LOG2_E, load_tile
-from s2o_inductor.kernels.triton_sparse_table import BINS, SEGMENT
+from s2o_inductor.kernels.triton_sparse_groups import LEAST_ROWS, GroupTable
+from s2o_inductor.kernels.triton_sparse_table import BINS, HIDDEN_BIN, SEGMENT, bins_of
 from s2o_inductor.kernels.triton_sparse_tiles import (
     Padding,
     Tiling,
+    gather_rows,
     load_allowed,
     steps_of,
     tile_keys,
@@ -42,10 +44,10 @@ from s2o_inductor.kernels.triton_sparse_tiles import (
 
 # Keys that one program scores.
 _SPAN = tl.constexpr(2048)
-# Most tokens that one program sorts at a time.
+# Most runs that one program sorts at a time.
 _SORTED = 1024
-# Columns of the products of keys and representatives: below that, tensor cores wait for their operands.
-_COLUMNS = 128
+# Rows of the products of representatives and keys: below that, tensor cores wait for their operands.
+_ROWS = 128
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -90,97 +92,139 @@ def _load_means(means_ptr, kv_bh, tile, mean, tiles, MEANS: tl.constexpr, D: tl.
     return tl.load(means_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0)
 
 
+@triton.jit
+def _group_scores(
+    means, squares, kv_bh, number, there, groups, mean_k_ptr, variance_ptr, scale2, limit, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores (BM, groups) of one key of each group: its mean's, and what its spread adds, to second order."""
+    steps = (groups.to(tl.int64) * D, 0, D)
+    k = gather_rows(mean_k_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
+    variance = gather_rows(variance_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
+    spread = tl.dot(squares, variance.T, input_precision=PRECISION)
+    return tl.dot(means, k.T, input_precision="ieee") * scale2 + tl.minimum(spread, limit * LOG2_E)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _normalisers_kernel(
-    means_ptr, k_tiles, allowed_ptr, before_ptr, shift_ptr, heads, group, queries, keys, window, sink, first_tile,
-    tiles, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
-    GROUPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _masses_kernel(
+    means_ptr, mean_k_ptr, variance_ptr, size_ptr, shift_ptr, heads, group, queries, keys, window, sink,
+    first_tile, tiles, groups, scale, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
+    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """What to subtract from base-2 scores of the representatives of GROUPED tiles: exp2 is then a share of the mean.
 
-    log2 of their sum over the prefix and of the number of representatives; +inf for rows that are none.
+    log2 of the mass of their prefix and of the number of representatives; +inf for rows that are none.
     """
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
     kv_total = tl.num_programs(0) // tl.cdiv(tiles, GROUPED)
     kv_bh = tl.program_id(0) % kv_total
     first = (tl.cdiv(tiles, GROUPED) - 1 - tl.program_id(0) // kv_total) * GROUPED  # late tiles are the longest
-    batch = kv_bh // (heads // group)
-    kv_head = kv_bh % (heads // group)
     row = tl.arange(0, BM)
     tile = first + row // MEANS
     mean = row % MEANS
     start, stop, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
     there = tile < tiles
-    runs = tl.minimum(stop - start, SUB)
-    counts = there & (mean < group * SUB) & (mean % SUB < runs)
-    high = tl.where(there, high, low)
+    parts = tl.minimum(stop - start, SUB)
+    counts = there & (mean < group * SUB) & (mean % SUB < parts)
+    low = low // UNIT * CLUSTERS
+    high = tl.where(there, high // UNIT * CLUSTERS, low)
     used = high > low
     means = _load_means(means_ptr, kv_bh, tile, mean, tiles, MEANS, D, BLOCK_D)
+    squares = _squares(means, variance_ptr, scale, scale2)
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    inner = tl.max(tl.where(used, low, 0))
-    inner_end = tl.min(tl.where(used, high, keys))
-    for begin in tl.range(tl.min(tl.where(used, low, keys)), tl.max(tl.where(used, high, 0)), BN):
-        k = load_tile(k_tiles, batch, kv_head, begin, BN, BLOCK_D)
-        scores = tl.dot(means, k.T, input_precision="ieee")
-        key = begin + tl.arange(0, BN)
-        if KEYS:
-            allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
-            scores = tl.where(allowed[None, :], scores, float("-inf"))
-        if (begin < inner) | (begin + BN > inner_end):
-            inside = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-            scores = tl.where(inside, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale2)
+    for begin in tl.range(tl.min(tl.where(used, low, groups)), tl.max(tl.where(used, high, 0)), BN):
+        number = begin + tl.arange(0, BN)
+        size = tl.load(size_ptr + kv_bh.to(tl.int64) * groups + number, mask=number < groups, other=0)
+        scores = _group_scores(
+            means, squares, kv_bh, number, number < groups, groups, mean_k_ptr, variance_ptr, scale2, limit,
+            PRECISION, D, BLOCK_D,
+        )  # fmt: skip
+        scores += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+        inside = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
+        scores = tl.where(inside, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total = total * tl.exp2(peak - origin) + tl.sum(tl.exp2(scores * scale2 - origin[:, None]), 1)
+        total = total * tl.exp2(peak - origin) + tl.sum(tl.exp2(scores - origin[:, None]), 1)
         peak = new_peak
-    number = tl.maximum(group * runs, 1).to(tl.float32)
-    shift = peak + tl.log2(tl.where(total > 0.0, total, 1.0)) + tl.log2(number)
+    representatives = tl.maximum(group * parts, 1).to(tl.float32)
+    shift = peak + tl.log2(tl.where(total > 0.0, total, 1.0)) + tl.log2(representatives)
     to = shift_ptr + (kv_bh.to(tl.int64) * tiles + tile) * MEANS + mean
     tl.store(to, tl.where(counts & (total > 0.0), shift, float("inf")), mask=there)
 
 
+@triton.jit
+def _squares(means, variance_ptr, scale, scale2):
+    """Squares of queries in the type of the variances, by which a spread is a sum of products."""
+    wide = means.to(tl.float32)
+    return (wide * wide * (0.5 * scale * scale2)).to(variance_ptr.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _scores_kernel(
-    means_ptr, shift_ptr, k_tiles, allowed_ptr, before_ptr, scores_ptr, heads, group, queries, keys, window, sink,
-    first_tile, tiles, tile0, count, base, room, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, SUB: tl.constexpr,
-    MEANS: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, before_ptr, bins_ptr, heads,
+    group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, scale, limit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, MEANS: tl.constexpr, GROUPED: tl.constexpr,
+    CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Scores (rows, room) of _SPAN keys for GROUPED of the tiles [tile0, tile0 + count), before smoothing."""
+    """Bins (rows, room) of the runs of _SPAN keys for GROUPED of the tiles [tile0, tile0 + count)."""
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
-    spans = tl.cdiv(room, _SPAN)
+    spans = tl.cdiv(room * RUN, _SPAN)
     span = tl.program_id(0) % spans
-    groups = tl.cdiv(count, GROUPED)
-    first = tile0 + tl.program_id(0) // spans % groups * GROUPED
-    kv_bh = tl.program_id(0) // spans // groups
+    parts = tl.cdiv(count, GROUPED)
+    first = tile0 + tl.program_id(0) // spans % parts * GROUPED
+    kv_bh = tl.program_id(0) // spans // parts
     batch = kv_bh // (heads // group)
     kv_head = kv_bh % (heads // group)
-    end_tile = tile0 + count
-    column = tl.arange(0, BM)
-    of_column = first + column // MEANS
-    means = _load_means(means_ptr, kv_bh, of_column, column % MEANS, tiles, MEANS, D, BLOCK_D)
-    place = (kv_bh.to(tl.int64) * tiles + of_column) * MEANS + column % MEANS
-    shift = tl.load(shift_ptr + place, mask=of_column < tiles, other=float("inf"))
+    row = tl.arange(0, BM)
+    of_row = first + row // MEANS
+    means = _load_means(means_ptr, kv_bh, of_row, row % MEANS, tiles, MEANS, D, BLOCK_D)
+    squares = _squares(means, variance_ptr, scale, scale2)
+    place = (kv_bh.to(tl.int64) * tiles + of_row) * MEANS + row % MEANS
+    shift = tl.load(shift_ptr + place, mask=of_row < tiles, other=float("inf"))
     tile = first + tl.arange(0, GROUPED)
     _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
-    high = tl.where(tile < end_tile, high, low)
+    high = tl.where(tile < tile0 + count, high, low)
     used = high > low
     begin = tl.maximum(base + span * _SPAN, tl.min(tl.where(used, low, keys)))
     end = tl.minimum(base + span * _SPAN + _SPAN, tl.max(tl.where(used, high, 0)))
-    to = scores_ptr + (kv_bh.to(tl.int64) * count + tile - tile0) * room - base
-    for at in tl.range(begin, end, BN):
-        key = at + tl.arange(0, BN)
-        k = load_tile(k_tiles, batch, kv_head, at, BN, BLOCK_D)
-        products = tl.dot(k, means.T, input_precision="ieee")
-        shares = tl.exp2(products * scale2 - shift[None, :])
-        scores = tl.sum(shares.reshape(BN, GROUPED, MEANS), 2)
-        if KEYS:
-            allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
-            scores = tl.where(allowed[:, None], scores, 0.0)
-        inside = (key < end)[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
-        tl.store(to[None, :] + key[:, None], scores, mask=inside)
+    to = bins_ptr + (kv_bh.to(tl.int64) * count + tile - tile0) * room - base // RUN
+    near = tl.arange(0, LEAST_ROWS)
+    of_part = tl.arange(0, BN)
+    members = member_ptr + kv_bh.to(tl.int64) * blocks * UNIT
+    member = tl.load(members + begin + of_part, mask=begin + of_part < end, other=0)
+    # Whole blocks, so that a NaN in the groups of one reaches no other's keys.
+    for block in tl.range(begin, end, UNIT):
+        number = block // UNIT * CLUSTERS + near
+        scores = _group_scores(
+            means, squares, kv_bh, number, near < CLUSTERS, groups, mean_k_ptr, variance_ptr, scale2, limit,
+            PRECISION, D, BLOCK_D,
+        )  # fmt: skip
+        shares = tl.exp2(scores - shift[:, None])
+        for part in tl.static_range(UNIT // BN):
+            at = block + part * BN
+            of_key = (near[:, None] == member.to(tl.int32)[None, :]).to(tl.float32)
+            ahead = at + BN + of_part  # a step, so that nothing waits for it
+            member = tl.load(members + ahead, mask=ahead < end, other=0)
+            expected = tl.dot(shares, of_key, input_precision=PRECISION)
+            k = load_tile(k_tiles, batch, kv_head, at, BN, BLOCK_D)
+            products = tl.dot(means, k.T, input_precision="ieee")
+            apart = tl.abs(tl.exp2(products * scale2 - shift[:, None]) - expected)
+            run = at // RUN + tl.arange(0, BN // RUN)
+            size = tl.full((BN // RUN,), RUN, tl.int32)
+            if KEYS:
+                key = at + tl.arange(0, BN)
+                allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
+                apart = tl.where(allowed[None, :], apart, 0.0)
+                size = tl.sum(allowed.to(tl.int32).reshape(BN // RUN, RUN), 1)
+            sums = tl.sum(apart.reshape(BM, BN // RUN, RUN), 2)
+            sums = tl.sum(sums.reshape(GROUPED, MEANS, BN // RUN), 1)
+            number = bins_of(sums / tl.maximum(size, 1).to(tl.float32)[None, :])
+            number = tl.where((size > 0)[None, :], number, HIDDEN_BIN)
+            inside = (run[None, :] * RUN >= low[:, None]) & (run[None, :] * RUN < tl.minimum(high, end)[:, None])
+            tl.store(to[:, None] + run[None, :], number.to(tl.uint8), mask=inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +232,11 @@ class Order:
     """What tiles [tile0, tile0 + count) may read, in which order; a row is a batch entry, key/value head and tile.
 
     Attributes:
-        table: int32 (B, Hkv, count, places), positions by falling score; -1 beyond `listed`. Places are a multiple
-            of a bundle.
-        listed: int32 (B, Hkv, count).
-        bundle_of: int16 (B, Hkv, count, room), the bundle of position base + i, `UNLISTED` if it is in none; None
-            without a tail, the only one who asks.
+        table: int32 (B, Hkv, count, places), numbers of runs (their first position over `run`) by falling score; -1
+            beyond `listed`. Places are a multiple of a bundle.
+        listed: int32 (B, Hkv, count), runs.
+        bundle_of: int16 (B, Hkv, count, room), the bundle of the run at position base + i * run, `UNLISTED` if it is
+            in none; None without a tail, the only one who asks.
         tile0: first tile, counted from `Tiling.first`.
         base: first position of `bundle_of`.
     """
@@ -206,7 +250,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """Representatives of all tiles with their normalisers: all that an order of any range of tiles needs.
+    """Representatives of all tiles with their masses: all that an order of any range of tiles needs.
 
     Attributes:
         means: (B * Hkv, tiles, MEANS, D), of the type of q.
@@ -219,17 +263,17 @@ class Ranking:
     arguments: dict[str, Any]
 
 
-def _configs(k: Tensor, columns: int) -> list[Config]:
-    """Ways to run the two kernels of products, fastest first: representatives and keys per tile. Not yet measured."""
-    if k.dtype == torch.float32 or columns > _COLUMNS:
-        return [Config(columns, 32, 8, 2), Config(columns, 16, 8, 1)]
+def _configs(k: Tensor, rows: int) -> list[Config]:
+    """Ways to run the two kernels of products, fastest first: representatives, and groups or keys at a time."""
+    if k.dtype == torch.float32 or rows > _ROWS:
+        return [Config(rows, 32, 8, 2), Config(rows, 16, 8, 1)]
     if k.shape[3] <= 128:
-        return [Config(columns, 128, 8, 3), Config(columns, 64, 4, 2)]
-    return [Config(columns, 64, 8, 2), Config(columns, 32, 8, 1)]
+        return [Config(rows, 128, 8, 2), Config(rows, 64, 8, 2), Config(rows, 64, 8, 1)]
+    return [Config(rows, 64, 8, 2), Config(rows, 32, 8, 1)]
 
 
-def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding) -> Ranking:
-    """Representatives and normalisers of all tiles.
+def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, groups: GroupTable) -> Ranking:
+    """Representatives and masses of all tiles.
 
     Args:
         q: (B, Hq, Sq, D), `aligned`, like k.
@@ -237,47 +281,51 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding) -
         scale: of the scores, above 0.
         tiling: of Sq and Sk.
         padding: of the keys.
+        groups: of the keys.
     """
     batch, heads, _, width = q.shape
     kv_heads, sub = k.shape[1], tiling.geometry.sub_means
     group = heads // kv_heads
-    means_count = max(16, triton.next_power_of_2(group * sub))
-    grouped = max(1, _COLUMNS // means_count)
+    means_count = triton.next_power_of_2(group * sub)
+    grouped = max(1, _ROWS // means_count)
     rows = batch * kv_heads
     means = torch.empty((rows, tiling.count, means_count, width), dtype=q.dtype, device=q.device)
     shift = torch.empty((rows, tiling.count, means_count), dtype=torch.float32, device=q.device)
     shared = {
         "means_ptr": means, "shift_ptr": shift, "heads": heads, "group": group, "tiles": tiling.count,
-        "scale": scale, "D": width, "BLOCK_D": block_width(width), "SUB": sub, "MEANS": means_count,
-        "GROUPED": grouped, **tiling.arguments(), **padding.arguments(),
+        "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
+        "MEANS": means_count, "GROUPED": grouped, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "blocks": tiling.keys // tiling.geometry.block, **tiling.arguments(), **padding.arguments(),
+        **groups.arguments(),
     }  # fmt: skip
     launch(
         _representatives_kernel, [Config(0, 0, 4, 1)], lambda _: rows * tiling.count * (means_count // sub),
         lambda _: {**shared, "q_ptr": q, "q_steps": steps_of(q)},
     )  # fmt: skip
     launch(
-        _normalisers_kernel, _configs(k, means_count * grouped), lambda _: rows * triton.cdiv(tiling.count, grouped),
-        lambda config: {**shared, "k_tiles": tiles_of(k, config.keys)},
+        _masses_kernel, [dataclasses.replace(x, keys=min(x.keys, 64)) for x in _configs(k, means_count * grouped)],
+        lambda _: rows * triton.cdiv(tiling.count, grouped), lambda _: shared,
     )  # fmt: skip
     return Ranking(means, shift, shared)
 
 
 def span_of(tiling: Tiling, tile0: int, count: int) -> tuple[int, int, int]:
-    """(base, room, most) of a range of tiles: its prefixes lie in [base, base + room), none is longer than `most`."""
+    """(base, room, most) of a range of tiles: their prefixes lie in `room` runs from position `base` on, whole
+    segments; none is longer than `most` keys."""
     prefixes = [tiling.prefix(tile) for tile in range(tile0, tile0 + count)]
     present = [(low, high) for low, high in prefixes if low < high]
     if not present:
         return 0, SEGMENT.value, 0
     base = min(low for low, _ in present)
-    end = max(high for _, high in present)
-    return base, triton.cdiv(end - base, SEGMENT.value) * SEGMENT.value, max(high - low for low, high in present)
+    runs = (max(high for _, high in present) - base) // tiling.geometry.run
+    return base, triton.cdiv(runs, SEGMENT.value) * SEGMENT.value, max(high - low for low, high in present)
 
 
 def row_bytes(tiling: Tiling, tile0: int, count: int, density: fractions.Fraction) -> int:
     """Bytes of workspace that one key/value head takes per tile of a range."""
     _, room, most = span_of(tiling, tile0, count)
-    position = 4 + 1 + 2  # score or packed token, bin, bundle
-    return room * position + room // SEGMENT.value * BINS.value * 4 + tiling.listed(most, density) * 4
+    run = 4 + 1 + 2  # packed for sorting, bin, bundle
+    return room * run + room // SEGMENT.value * BINS.value * 4 + tiling.listed(most, density) * 4
 
 
 def order(
@@ -296,32 +344,30 @@ def order(
     batch, kv_heads = k.shape[:2]
     rows = batch * kv_heads * count
     base, room, most = span_of(tiling, tile0, count)
-    places = max(tiling.listed(most, density), tiling.geometry.bundle)
     geometry, device = tiling.geometry, k.device
+    places = max(tiling.listed(most, density), geometry.bundle // geometry.run)
     segments = room // SEGMENT.value
-    scores = torch.empty((rows, room), dtype=torch.float32, device=device)
     bins = torch.empty((rows, room), dtype=torch.uint8, device=device)
+    kept = torch.empty((rows, room), dtype=torch.int32, device=device)
     starts = torch.empty((rows, segments, BINS.value), dtype=torch.int32, device=device)
     table = torch.full((batch, kv_heads, count, places), -1, dtype=torch.int32, device=device)
     listed = torch.empty((batch, kv_heads, count), dtype=torch.int32, device=device)
-    bundle_of = None
-    if geometry.clusters:
-        bundle_of = torch.empty((batch, kv_heads, count, room), dtype=torch.int16, device=device)
+    bundle_of = torch.empty((batch, kv_heads, count, room), dtype=torch.int16, device=device)
     shared = {
-        **ranking.arguments, "scores_ptr": scores, "bins_ptr": bins, "starts_ptr": starts, "listed_ptr": listed,
-        "tile0": tile0, "count": count, "base": base, "room": room, "places": places, "segments": segments,
-        "table_ptr": table, "bundle_of_ptr": bundle_of, "kept_ptr": scores.view(torch.int32),
-        "numerator": density.numerator, "denominator": density.denominator, "SMOOTHING": geometry.smoothing,
-        "BUNDLE": geometry.bundle, "TAIL": bundle_of is not None,
+        **ranking.arguments, "bins_ptr": bins, "starts_ptr": starts, "listed_ptr": listed, "tile0": tile0,
+        "count": count, "base": base, "room": room, "places": places, "segments": segments, "table_ptr": table,
+        "bundle_of_ptr": bundle_of, "kept_ptr": kept, "numerator": density.numerator,
+        "denominator": density.denominator, "BUNDLE": geometry.bundle,
     }  # fmt: skip
     grouped = ranking.arguments["GROUPED"]
+    configs = _configs(k, ranking.arguments["MEANS"] * grouped)
     launch(
-        _scores_kernel, _configs(k, ranking.arguments["MEANS"] * grouped),
-        lambda _: batch * kv_heads * triton.cdiv(count, grouped) * triton.cdiv(room, _SPAN.value),
+        _scores_kernel, [dataclasses.replace(x, keys=min(x.keys, geometry.block)) for x in configs],
+        lambda _: batch * kv_heads * triton.cdiv(count, grouped) * triton.cdiv(room * geometry.run, _SPAN.value),
         lambda config: {**shared, "k_tiles": tiles_of(k, config.keys)},
     )  # fmt: skip
-    launch(sorting.bins_kernel, [Config(0, 0, 8, 1)], lambda _: rows * segments, lambda _: shared)
+    launch(sorting.histogram_kernel, [Config(0, 0, 4, 1)], lambda _: rows * segments, lambda _: shared)
     launch(sorting.offsets_kernel, [Config(0, 0, 4, 1)], lambda _: rows, lambda _: shared)
     sorted_at_once = min(_SORTED, triton.next_power_of_2(places))
-    launch(sorting.place_kernel, [Config(0, sorted_at_once, 8, 1)], lambda _: rows * segments, lambda _: shared)
+    launch(sorting.place_kernel, [Config(0, sorted_at_once, 4, 1)], lambda _: rows * segments, lambda _: shared)
     return Order(table, listed, bundle_of, tile0, base)

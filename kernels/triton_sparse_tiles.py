@@ -51,6 +51,16 @@ def ranked_keys(before_ptr, batch, keys, low, high, KEYS: tl.constexpr):
 
 
 @triton.jit
+def ranked_runs(runs_ptr, batch, keys, low, high, RUN: tl.constexpr, KEYS: tl.constexpr):
+    """How many runs of the keys [low, high) have a visible one; `runs_ptr` (B, Sk // RUN + 1) counts those before."""
+    if KEYS:
+        row = runs_ptr + batch.to(tl.int64) * (keys // RUN + 1)
+        return tl.load(row + tl.minimum(high, keys) // RUN) - tl.load(row + tl.minimum(low, keys) // RUN)
+    else:
+        return (high - low) // RUN
+
+
+@triton.jit
 def load_allowed(allowed_ptr, batch, keys, index, inside, KEYS: tl.constexpr):
     """`inside`, less the keys at `index` that the padding hides; `allowed_ptr` (B, Sk) bytes."""
     if KEYS:
@@ -105,6 +115,11 @@ class Tiling:
             raise ValueError(f"the CUDA kernels take bundles of a multiple of 64 keys; got {g.bundle}")
         if g.clusters > 16 or g.clusters & (g.clusters - 1):
             raise ValueError(f"the CUDA kernels take clusters of a power of two up to 16, or 0; got {g.clusters}")
+        if g.run > 64 or g.run & (g.run - 1) or not 16 <= g.block <= 256 or g.block & (g.block - 1):
+            raise ValueError(
+                f"the CUDA kernels take runs and blocks of a power of two, up to 64 and from 16 to 256 keys; "
+                f"got {g.run} and {g.block}"
+            )
         if self.keys > UNLISTED.value * g.bundle:
             raise ValueError(
                 f"at most {UNLISTED.value} bundles fit the page table; got {self.keys} keys in bundles of {g.bundle}: "
@@ -132,10 +147,9 @@ class Tiling:
         return low, max(low, high)
 
     def listed(self, ranked: int, density: fractions.Fraction) -> int:
-        """Most of `ranked` tokens that a tile may read: whole bundles."""
-        return triton.cdiv(triton.cdiv(ranked * density.numerator, density.denominator), self.geometry.bundle) * (
-            self.geometry.bundle
-        )
+        """Most runs that a tile may read of `ranked` keys: whole bundles."""
+        most = triton.cdiv(ranked * density.numerator, density.denominator)
+        return triton.cdiv(most, self.geometry.bundle) * self.geometry.bundle // self.geometry.run
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes of this."""
@@ -147,6 +161,7 @@ class Tiling:
             "first_tile": self.first,
             "TILE": self.geometry.tile,
             "UNIT": self.geometry.block,
+            "RUN": self.geometry.run,
             "CAUSAL": self.causal,
             "WINDOWED": self.window is not None,
         }
@@ -159,22 +174,28 @@ class Padding:
     Attributes:
         allowed: uint8 (B, Sk), or None: all.
         before: int32 (B, Sk + 1), how many of the keys before each position may be seen, or None.
+        runs: int32 (B, Sk // run + 1), the same of runs in which some key may be seen, or None.
     """
 
     allowed: Tensor | None = None
     before: Tensor | None = None
+    runs: Tensor | None = None
 
     @staticmethod
-    def of(keys: Tensor | None) -> Padding:
+    def of(keys: Tensor | None, run: int) -> Padding:
         """From bool (B, Sk)."""
         if keys is None:
             return Padding()
-        counts = keys.cumsum(dim=1, dtype=torch.int32)
-        return Padding(keys.contiguous().view(torch.uint8), torch.nn.functional.pad(counts, (1, 0)))
+        some = keys[:, : keys.shape[1] // run * run].unflatten(1, (-1, run)).any(dim=2)
+        before, runs = (torch.nn.functional.pad(x.cumsum(dim=1, dtype=torch.int32), (1, 0)) for x in (keys, some))
+        return Padding(keys.contiguous().view(torch.uint8), before, runs)
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes of this."""
-        return {"allowed_ptr": self.allowed, "before_ptr": self.before, "KEYS": self.allowed is not None}
+        return {
+            "allowed_ptr": self.allowed, "before_ptr": self.before, "runs_ptr": self.runs,
+            "KEYS": self.allowed is not None,
+        }  # fmt: skip
 
 
 def steps_of(x: Tensor) -> tuple[int, int, int]:

@@ -262,7 +262,11 @@ def to_double(value: Any) -> Any:
 
 
 def _run_op(site: AttentionSite, inputs: Mapping[fx.Node, Any]) -> Tensor:
-    """The op as `rewrite.replace_attention` will call it, on these inputs, without dropout."""
+    """The op as `rewrite.replace_attention` will call it, on these inputs, without dropout.
+
+    On a GPU it computes in float64, which runs in matrix products: what is checked is how the site was read, and a
+    kernel for this mask, which a lifted mask will not need, would take longer to compile than all passes together.
+    """
     q, k, v = (_stepped(inputs[one.node], one) for one in (site.q, site.k, site.v))
     visible: Tensor | None = None
     additive: Tensor | None = None
@@ -279,9 +283,10 @@ def _run_op(site: AttentionSite, inputs: Mapping[fx.Node, Any]) -> Tensor:
     spec = MaskSpec(upper="0" if site.causal else None, dense=tensor is not None, empty=site.empty)
     low = min((q.dtype, k.dtype, v.dtype), key=lambda dtype: dtype.itemsize)
     sinks = None if site.sinks is None else inputs[site.sinks].reshape(-1)
-    output, _ = ops.attention(
-        q.to(low), k.to(low), v.to(low), tensor, spec=spec.text(), scale=site.scale, sinks=sinks
-    )  # fmt: skip
+    q, k, v = q.to(low), k.to(low), v.to(low)
+    if q.is_cuda:
+        q, k, v, tensor = q.double(), k.double(), v.double(), None if tensor is None else to_double(tensor)
+    output, _ = ops.attention(q, k, v, tensor, spec=spec.text(), scale=site.scale, sinks=sinks)
     for method, args in site.out_steps:
         output = getattr(output, method)(*args)
     return output.to(site.output.meta["example_value"].dtype)

@@ -23,13 +23,14 @@ class Geometry:
     i + Sk - Sq: tiles, and so results, do not depend on how a prefill is cut into chunks of whole tiles.
 
     Attributes:
-        tile: query positions that share one order and one stop; a multiple of `block`.
+        tile: query positions that share one order and one stop; a multiple of `block` or a divisor of it.
         sink: keys at the start that every tile reads densely; a multiple of `block`.
         bundle: keys read between two stop tests.
         horizon: bundles that the stop rule takes to be left at least. A row's estimate is at most r / (1 + r) with r
             bundles left: without this a short prefix would stop for being short, whatever it holds.
-        sub_means: parts of a tile whose mean queries rank the tokens; divides `tile`.
-        smoothing: odd number of neighbours over which scores are averaged; 1 leaves them.
+        sub_means: parts of a tile whose mean queries rank the keys; divides `tile`.
+        run: neighbouring keys that are ranked and read together, from a multiple of it on; divides `bundle` and
+            `block`.
         block: positions whose keys are grouped together; a prefix is whole blocks.
         clusters: groups in a block; 0 drops the tail.
         rounds: Lloyd iterations that make the groups.
@@ -37,26 +38,29 @@ class Geometry:
     """
 
     tile: int = 128
-    sink: int = 128
+    sink: int = 256
     bundle: int = 512
     horizon: int = 8
-    sub_means: int = 8
-    smoothing: int = 9
-    block: int = 128
+    sub_means: int = 2
+    run: int = 8
+    block: int = 256
     clusters: int = 4
     rounds: int = 4
     limit: float = 3.0
 
     def __post_init__(self) -> None:
-        for name in ("tile", "bundle", "horizon", "sub_means", "smoothing", "block", "rounds"):
+        for name in ("tile", "bundle", "horizon", "sub_means", "run", "block", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.tile % self.sub_means:
             raise ValueError(f"sub_means must divide the tile of {self.tile} queries; got {self.sub_means}")
-        if self.smoothing % 2 == 0:
-            raise ValueError(f"smoothing needs a middle, so an odd number of neighbours; got {self.smoothing}")
-        if self.sink < 0 or self.sink % self.block or self.tile % self.block:
-            raise ValueError(f"sink and tile must be multiples of block; got {self.sink}, {self.tile} and {self.block}")
+        if self.bundle % self.run or self.block % self.run:
+            raise ValueError(f"run must divide bundle and block; got {self.run}, {self.bundle} and {self.block}")
+        if self.sink < 0 or self.sink % self.block or (self.tile % self.block and self.block % self.tile):
+            raise ValueError(
+                f"sink must be a multiple of block, and tile too or the other way round; "
+                f"got {self.sink}, {self.tile} and {self.block}"
+            )
         if not 0 <= self.clusters <= self.block or self.limit < 0:
             raise ValueError(
                 f"clusters must be from 0 to block, limit at least 0; "

@@ -112,6 +112,11 @@ class Problem:
                 output = torch.where(nothing, (scores - scores.detach()).softmax(-1) @ each_v, output)
         return output.detach(), lse, list(torch.autograd.grad(output, inputs, self.grad))
 
+    @property
+    def condition(self) -> float:
+        """That of `assert_close_to_gold`."""
+        return 1.0
+
     def check(self) -> None:
         """`check_values` for one of three draws of values: rounding errors have tails, mistakes repeat."""
         for seed in (None, 1001, 1002):
@@ -132,15 +137,15 @@ class Problem:
         output, lse, grads = self.run()
         gold, gold_lse, gold_grads = self.reference(torch.float64)
         low, low_lse, low_grads = self.ordinary()
-        assert_close_to_gold(output, low, gold, what="output")
-        assert_close_to_gold(lse, low_lse, gold_lse, what="lse", dtype=self.q.dtype)
+        assert_close_to_gold(output, low, gold, what="output", condition=self.condition)
+        assert_close_to_gold(lse, low_lse, gold_lse, what="lse", dtype=self.q.dtype, condition=self.condition)
         for name, actual, ordinary, exact in zip(("q", "k", "v", "sinks"), grads, low_grads, gold_grads, strict=False):
             if name in ("q", "k") and not exact.any():
                 self.check_cancelled(name, actual)
             else:
                 # A sink's weight is exp(sink - lse), and lse is all that the forward pass leaves of it. One
                 # number per head is too few for errors to average out.
-                condition = max(1.0, float(gold_lse.abs().max())) if name == "sinks" else 1.0
+                condition = max(self.condition, float(gold_lse.abs().max()) if name == "sinks" else 1.0)
                 assert_close_to_gold(
                     actual, ordinary, exact, what=f"gradient of {name}", dtype=self.q.dtype, condition=condition
                 )  # fmt: skip

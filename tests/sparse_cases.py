@@ -6,19 +6,24 @@ import dataclasses
 import fractions
 import math
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from s2o_inductor.kernels import reference_sparse
 from s2o_inductor.kernels.reference_sparse import Sparse
-from s2o_inductor.kernels.tail_groups import Groups, tail_groups
+from s2o_inductor.kernels.tail_groups import Groups
 from s2o_inductor.sparse_policy import Geometry
 from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
 
-# Bins of the order hold scores that differ by an eighth; smoothing is over means of probabilities, in float32.
+if TYPE_CHECKING:
+    from s2o_inductor.kernels.triton_sparse_groups import GroupTable
+
+# Bins of the order hold scores that differ by an eighth.
 BIN = 1.126
+# A score is the difference of two shares: what rounding representatives changes in either, relative.
+NOISE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 SMALL = Geometry(bundle=64, horizon=2, sink=64, block=64, rounds=2)
 
 
@@ -36,6 +41,7 @@ class SparseProblem:
     keys: Tensor | None = None
     max_density: float = 1.0
     geometry: Geometry = SMALL
+    _table: GroupTable | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,6 +56,14 @@ class SparseProblem:
             self.q, self.k, self.v, max_density=self.max_density, **{**self.options, **options}
         )  # fmt: skip
 
+    def group_table(self) -> GroupTable:
+        """The groups of all keys, as `forward` makes them."""
+        from s2o_inductor.kernels.operands import aligned
+        from s2o_inductor.kernels.triton_sparse_groups import group_keys
+        from s2o_inductor.kernels.triton_sparse_tiles import Padding
+
+        return group_keys(aligned(self.k), aligned(self.v), Padding.of(self.keys, self.geometry.run), self.geometry)
+
     def order(self) -> tuple[Tensor, Tensor]:
         """Page table and counts of all tiles, as `forward` makes them."""
         from s2o_inductor.kernels import triton_sparse_order
@@ -59,7 +73,8 @@ class SparseProblem:
         tiling = Tiling(self.q.shape[2], self.k.shape[2], self.causal, self.window, self.geometry)
         q, scale, _ = positive_scale(self.q, self.factor)
         k = aligned(self.k)
-        ranking = triton_sparse_order.rank(aligned(q), k, scale, tiling, Padding.of(self.keys))
+        padding = Padding.of(self.keys, self.geometry.run)
+        ranking = triton_sparse_order.rank(aligned(q), k, scale, tiling, padding, self.group_table())
         density = fractions.Fraction(self.max_density).limit_denominator(1 << 20)
         order = triton_sparse_order.order(ranking, k, tiling, density, 0, tiling.count)
         return order.table.cpu(), order.listed.cpu()
@@ -84,50 +99,52 @@ class SparseProblem:
         return self.check_replay(result, table, listed)
 
     def check_order(self, table: Tensor, listed: Tensor) -> None:
-        """Each token once, no hidden one, as many as the density allows, and by falling score up to a bin."""
-        group = self.q.shape[1] // self.k.shape[1]
+        """Each run once, none that is hidden, as many as the density allows, and by falling score up to a bin."""
+        group, run = self.q.shape[1] // self.k.shape[1], self.geometry.run
         q, k = self.q.cpu().float(), self.k.cpu().float()
+        noise = NOISE[self.q.dtype]
         for b in range(k.shape[0]):
             for head in range(k.shape[1]):
+                groups = self._groups(b, head, torch.float32)
                 for t, (start, end, low, high) in enumerate(self.tiles()):
                     hidden = ~self._allowed(b)[low:high]
                     rows = slice(start - k.shape[2] + q.shape[2], end - k.shape[2] + q.shape[2])
-                    scores = reference_sparse.token_scores(
-                        q[b, head * group : (head + 1) * group, rows], k[b, head, low:high], self.factor,
-                        self.geometry.sub_means, self.geometry.smoothing, hidden,
+                    scores, shares = (
+                        reference_sparse.run_scores(
+                            q[b, head * group : (head + 1) * group, rows], k[b, head, low:high], self.factor,
+                            self.geometry, of, hidden,
+                        )
+                        for of in (reference_sparse._within(groups, slice(low, high), self.geometry), None)
                     )  # fmt: skip
-                    ranked, count = int((~hidden).sum()), int(listed[b, head, t])
-                    assert count == min(ranked, self._most(ranked) * self.geometry.bundle)
+                    shown = ~hidden.unflatten(0, (-1, run)).all(dim=1)
+                    ranked, count = int(shown.sum()), int(listed[b, head, t])
+                    assert count == min(ranked, self._most(ranked) * self.geometry.bundle // run)
                     chosen = table[b, head, t, :count].long()
                     assert (table[b, head, t, count:] == -1).all()
-                    assert chosen.unique().numel() == count, "a token is listed twice"
+                    assert chosen.unique().numel() == count, "a run is listed twice"
                     if not count:
                         continue
-                    assert int(chosen.min()) >= low and int(chosen.max()) < high
-                    assert not hidden[chosen - low].any(), "a hidden token is listed"
-                    # Below 2^-31 all tokens share the last bin.
-                    found = scores[chosen - low].clamp(min=2.0**-31)
-                    later = torch.cat([found, self._unlisted(scores, chosen - low, hidden)]).flip(0)
-                    worst = float((later.cummax(0).values.flip(0)[:count] / found).max())
-                    slack = BIN * (1.02 if self.q.dtype == torch.float32 else 1.1)
-                    assert worst < slack, f"tile {t}: a token of {worst:.3f} times the score comes later"
-
-    def _unlisted(self, scores: Tensor, chosen: Tensor, hidden: Tensor) -> Tensor:
-        rest = ~hidden
-        rest[chosen] = False
-        return scores[rest].clamp(min=2.0**-31)
+                    assert int(chosen.min()) * run >= low and int(chosen.max()) * run < high
+                    assert shown[chosen - low // run].all(), "a hidden run is listed"
+                    rest = shown.clone()
+                    rest[chosen - low // run] = False
+                    ends = scores.clamp(2.0**-23, 2.0**8)  # the first and last bins are open
+                    most = ends - noise * shares
+                    later = torch.cat([most[chosen - low // run], most[rest]]).flip(0).cummax(0).values.flip(0)[:count]
+                    allowed = (ends + noise * shares)[chosen - low // run] * BIN
+                    assert (later <= allowed).all(), f"tile {t}: a run of a higher score comes later"
 
     def _allowed(self, b: int) -> Tensor:
         length = self.k.shape[2]
         return torch.ones(length, dtype=torch.bool) if self.keys is None else self.keys[b].cpu()
 
     def _most(self, ranked: int) -> int:
-        return math.ceil(math.ceil(self.max_density * ranked) / self.geometry.bundle)
+        return math.ceil(math.ceil(self.max_density * ranked * self.geometry.run) / self.geometry.bundle)
 
     def check_replay(self, result: Sparse, table: Tensor, listed: Tensor) -> Sparse:
         """Output and lse against float64 with the same selection; stops, tail estimates and counts against theirs."""
         batch, heads, queries, _ = self.q.shape
-        group, bundle = heads // self.k.shape[1], self.geometry.bundle
+        group, bundle, run = heads // self.k.shape[1], self.geometry.bundle, self.geometry.run
         length = self.k.shape[2]
         gold, low = (self._empty(dtype) for dtype in (torch.float64, self.q.dtype))
         pairs, visible = (torch.zeros(batch, heads, dtype=torch.int64) for _ in range(2))
@@ -139,9 +156,10 @@ class SparseProblem:
                     rows = slice(start - length + queries, end - length + queries)
                     read = int(result.bundles[b, h, t])
                     chosen = torch.ones(length, dtype=torch.bool)
-                    order = table[b, h // group, t, : int(listed[b, h // group, t])].long()
+                    runs = table[b, h // group, t, : int(listed[b, h // group, t])].long()
+                    order = (runs[:, None] * run + torch.arange(run)).flatten()
                     if budgets[h] == 0:
-                        assert read == -(-int(self._allowed(b)[first:last].sum()) // bundle)
+                        assert read == -(-self._ranked(b, first, last) // bundle)
                     else:
                         chosen[first:last] = False
                         chosen[order[: read * bundle]] = True
@@ -164,12 +182,31 @@ class SparseProblem:
         assert result.output.transpose(1, 2).is_contiguous()
         return result
 
+    def _ranked(self, b: int, first: int, last: int) -> int:
+        """Keys in runs of the prefix [first, last) that have a visible one."""
+        run = self.geometry.run
+        return int(self._allowed(b)[first:last].unflatten(0, (-1, run)).any(dim=1).sum()) * run
+
     def _groups(self, b: int, head: int, dtype: torch.dtype) -> Groups | None:
-        """The groups of one key/value head: assigned in float32, whatever the type of their means."""
+        """The groups of one key/value head: the kernel's assignment, and what follows from it in float64, rounded."""
         if not self.geometry.clusters:
             return None
-        k, v = (x[b, head].cpu().to(dtype) for x in (self.k, self.v))
-        return tail_groups(k, v, ~self._allowed(b), self.geometry)
+        if self._table is None:
+            object.__setattr__(self, "_table", self.group_table())
+        member = self._table.member[b, head].cpu().long()
+        member += torch.arange(member.numel()) // self.geometry.block * self.geometry.clusters
+        k, v = (x[b, head, : member.numel()].cpu().double() for x in (self.k, self.v))
+        shown = self._allowed(b)[: member.numel()]
+        count = torch.zeros(self._table.k.shape[2], dtype=torch.float64).index_add_(
+            0, member[shown], shown[shown].double()
+        )
+        mean_k, mean_v, square = (
+            torch.zeros(count.numel(), x.shape[1], dtype=torch.float64).index_add_(0, member[shown], x[shown])
+            / count.clamp(min=1)[:, None]
+            for x in (k, v, k.square())
+        )
+        variance = (square - mean_k.square()).clamp(min=0.0)
+        return Groups(member, mean_k.to(dtype), variance.to(dtype), mean_v.to(dtype))
 
     def _empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         shape = (*self.q.shape[:3], self.v.shape[3])
@@ -184,7 +221,7 @@ class SparseProblem:
         bundle, group = self.geometry.bundle, self.q.shape[1] // self.k.shape[1]
         logits = self.q[b, h, rows].cpu().double() @ self.k[b, h // group].cpu().double().T * self.factor
         logits = logits.masked_fill(~sees, float("-inf"))
-        read, ranked = int(result.bundles[at]), int(self._allowed(b)[prefix].sum())
+        read, ranked = int(result.bundles[at]), self._ranked(b, prefix.start, prefix.stop)
         assert read <= -(-order.numel() // bundle) and (read > 0) == (order.numel() > 0)
         dense = logits.clone()
         dense[:, prefix] = float("-inf")
@@ -235,11 +272,11 @@ def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> Sparse
     """Sizes, types, masks, budgets and memory layouts drawn from `seed`; `small` suits the interpreter."""
     draw = random.Random(seed)
     group, kv_heads = draw.choice([1, 2] if small else [1, 2, 4, 7]), draw.choice([1, 2])
-    tile, block = draw.choice([(128, 128), (128, 64), (128, 64), (64, 32), (32, 16), (128, 1)])
+    tile, block = draw.choice([(128, 128), (128, 64), (128, 64), (64, 32), (32, 16), (128, 256)])
     geometry = Geometry(
-        tile=tile, block=block, clusters=min(draw.choice([0, 1, 4, 4, 8]), block), rounds=draw.choice([1, 4]),
+        tile=tile, block=block, clusters=draw.choice([1, 4, 4, 8]), rounds=draw.choice([1, 4]),
         sink=draw.choice([0, 1, 2]) * block, bundle=draw.choice([64, 128]),
-        sub_means=draw.choice([1, 4, 8]), smoothing=draw.choice([1, 3, 9]),
+        sub_means=draw.choice([1, 2, 4]), run=draw.choice([1, 4, 8, 8]),
     )  # fmt: skip
     keys = draw.choice([1, 70, 300, 383] if small else [1, 63, 128, 500, 1000, 1777, 4500])
     queries = min(keys, draw.choice([1, 50, 128, 150] if small else [1, 17, 128, 300, 999, 1024]))

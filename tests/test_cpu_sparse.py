@@ -28,7 +28,7 @@ from s2o_inductor.sparse_policy import Geometry
 from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
 
 # Small enough that short inputs have many tiles, bundles and blocks.
-SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, smoothing=3, block=8, clusters=2, horizon=4)
+SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, run=4, block=8, clusters=2, horizon=4)
 NAN = float("nan")
 both = pytest.mark.parametrize("kind", ["native", "torch"])  # the compiled kernel, and the torch code
 
@@ -95,8 +95,8 @@ def problems(draw: st.DrawFn, exact: bool = False) -> Problem:
             horizon=draw(st.sampled_from([1, 4])),
             limit=draw(st.sampled_from([3.0, 0.0, 0.1])),
             sink=draw(st.sampled_from([8, 0, 64])),
-            bundle=draw(st.sampled_from([16, 5])),
-            smoothing=draw(st.sampled_from([3, 1, 9])),
+            bundle=draw(st.sampled_from([16, 24])),
+            run=draw(st.sampled_from([4, 1, 8])),
             sub_means=draw(st.sampled_from([4, 1, 16])),
         ),
     }
@@ -285,7 +285,7 @@ def test_only_flat_heads_are_given_up(kind: str) -> None:
     q, k, v, _ = attention_inputs(1, (2, 2), (1400, 1400), (16, 16), torch.float32, seed=3)
     k[:, 1, ::37] += 4.0
     q[:, 1] += 2.0
-    geometry = Geometry(bundle=64, horizon=1)
+    geometry = Geometry(sink=128, bundle=64, horizon=1, block=128)
     ruled, result = (run(kind, q, k, v, 0.2, full=full, geometry=geometry) for full in (1.0, 0.7))
     assert result.pairs[0, 0] == result.visible[0, 0] and ruled.pairs[0, 0] < ruled.visible[0, 0]
     assert torch.equal(result.output[:, 1], ruled.output[:, 1]) and result.pairs[0, 1] < 0.6 * result.visible[0, 1]
@@ -343,7 +343,7 @@ def test_equal_scores_are_taken_by_position(kind: str) -> None:
     """With equal keys every score ties, and a capped tile reads the first keys of its prefix."""
     q = torch.ones(1, 1, 200, 16)
     k, v = torch.ones(1, 1, 200, 16), torch.arange(200.0)[None, None, :, None].expand(1, 1, 200, 16)
-    options = {"max_density": 0.2, "geometry": dataclasses.replace(SMALL, clusters=0, sub_means=1, smoothing=1)}
+    options = {"max_density": 0.2, "geometry": dataclasses.replace(SMALL, clusters=0, sub_means=1, run=1)}
     output = run(kind, q, k, v, 0.0, **options).output
     # The last tile, [192, 200), has the prefix [8, 192): 0.2 of it, rounded up, are 3 bundles.
     read = [*range(8 + 3 * 16), *range(192, 200)]

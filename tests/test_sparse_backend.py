@@ -385,7 +385,7 @@ def test_the_geometry_refuses_what_does_not_fit() -> None:
     for fields, says in (
         ({"tile": 0}, "tile must be at least 1"),
         ({"sub_means": 7}, "sub_means must divide"),
-        ({"smoothing": 2}, "smoothing needs a middle"),
+        ({"run": 3}, "run must divide bundle and block"),
         ({"sink": 65}, "sink and tile must be multiples of block; got 65, 128 and 128"),
         ({"clusters": 129}, "clusters must be from 0 to block"),
     ):

@@ -13,17 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2o_inductor.kernels import reference
-from s2o_inductor.kernels.reference_sparse import (
-    sparse_attention,
-    stop_after,
-    tiles_of,
-    token_order,
-    token_scores,
-)
-from s2o_inductor.kernels.tail_groups import tail_groups, tail_logits
+from s2o_inductor.kernels.reference_sparse import run_order, run_scores, sparse_attention, tiles_of
+from s2o_inductor.kernels.stop_rule import stop_after
+from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
-SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, smoothing=3, block=8, clusters=2, horizon=4)
+SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, run=4, block=8, clusters=2, horizon=4)
 QUICK = settings(max_examples=40)
 
 
@@ -87,19 +82,14 @@ def test_a_smaller_budget_never_reads_less(problem: Any, one: float, other: floa
 
 @QUICK
 @given(problems(), st.floats(0.1, 1))
-def test_without_their_spread_groups_never_over_count(problem: Any, budget: float) -> None:
-    """A tail of groups adds mass; to first order, by Jensen's inequality, at most that of the keys it stands for."""
+def test_groups_of_one_key_lose_nothing(problem: Any, budget: float) -> None:
+    """What is not read is stood in for by itself, once and with its own value, however little is read."""
     q, k, v, mask = problem
-    # As many groups as keys: what is left of a group is all of it or nothing, as the inequality asks.
-    every = dataclasses.replace(SMALL, clusters=SMALL.block, limit=0.0, rounds=1)
-    got, dropped = (
-        sparse_attention(q, k, v, budgets=(budget,), geometry=geometry, **mask)
-        for geometry in (every, dataclasses.replace(SMALL, clusters=0))
-    )
-    _, lse = reference.attention(q, k, v, visible=visible(q, k, **mask))
-    assert (got.lse <= lse + 1e-9).all()
-    assert torch.equal(dropped.pairs, got.pairs)
-    assert (got.lse >= dropped.lse - 1e-9).all()
+    every = dataclasses.replace(SMALL, clusters=SMALL.block, rounds=1)
+    got = sparse_attention(q, k, v, budgets=(budget,), geometry=every, **mask)
+    output, lse = reference.attention(q, k, v, visible=visible(q, k, **mask))
+    torch.testing.assert_close(got.output, output, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(got.lse, lse, rtol=1e-7, atol=1e-7)
 
 
 @QUICK
@@ -177,27 +167,44 @@ def test_tiles_cover_every_query_once_and_end_at_whole_tiles(queries: int, past:
     assert all(end % tile == 0 for _, end in spans[:-1])
 
 
-def test_scores_and_order_by_hand() -> None:
+def test_shares_and_order_by_hand() -> None:
+    """Without groups: the share of a key in the softmax of each mean query, and its mean over a run."""
+    geometry = Geometry(tile=2, sink=0, bundle=2, sub_means=2, run=1, block=2, clusters=0)
     k = torch.eye(4, dtype=torch.float64)
     q = torch.tensor([[[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 0.0]]], dtype=torch.float64)
-    scores = token_scores(q, k, 1.0, sub_means=2, smoothing=1, hidden=None)
+    scores = run_scores(q, k, 1.0, geometry, None, None)
     assert scores.sum().item() == pytest.approx(1.0)
     torch.testing.assert_close(scores[1:3], scores.new_full((2,), 0.5), rtol=1e-3, atol=0.0)
-    assert scores[0] < 1e-3
-    assert sorted(token_order(scores)[:2].tolist()) == [1, 2]
-    assert token_order(scores.round(decimals=6)).tolist() == [1, 2, 0, 3]  # equal scores: by position
+    assert sorted(run_order(scores, 1)[:2].tolist()) == [1, 2]
+    assert run_order(scores.round(decimals=6), 1).tolist() == [1, 2, 0, 3]  # equal scores: by position
     # One mean query for both rows sees neither: what sub-means are for.
-    assert token_scores(q, k, 1.0, 1, 1, None)[0] > scores[0]
-    hidden = torch.tensor([False, True, False, False])
-    masked = token_scores(q, k, 1.0, sub_means=2, smoothing=3, hidden=hidden)
-    assert masked[1] == 0 and token_order(masked, hidden).tolist().count(1) == 0
-    smooth = token_scores(q, k, 1.0, sub_means=2, smoothing=3, hidden=None)
-    torch.testing.assert_close(smooth[0], (scores[0] + scores[1]) / 2)
-    torch.testing.assert_close(smooth[1], scores[:3].mean())
+    assert run_scores(q, k, 1.0, dataclasses.replace(geometry, sub_means=1), None, None)[0] > scores[0]
+    pairs = run_scores(q, k, 1.0, dataclasses.replace(geometry, run=2), None, None)
+    torch.testing.assert_close(pairs, scores.unflatten(0, (2, 2)).mean(dim=1))
+    assert run_order(torch.tensor([0.1, 0.2]), 2).tolist() == [2, 3, 0, 1]
+    # A hidden key has no score and takes none from its run; a run without a visible key is not listed.
+    hidden = torch.tensor([False, True, True, True])
+    masked = run_scores(q, k, 1.0, dataclasses.replace(geometry, run=2), None, hidden)
+    torch.testing.assert_close(masked, masked.new_tensor([1.0, 0.0]))
+    assert run_order(masked, 2, hidden).tolist() == [0, 1]
+
+
+def test_a_key_like_its_group_is_read_last() -> None:
+    """Six equal heavy keys, for which their group can stand, against one that its group hides."""
+    geometry = Geometry(tile=8, sink=0, bundle=8, sub_means=1, run=1, block=8, clusters=2)
+    heavy, light, other = (torch.tensor(x, dtype=torch.float64) for x in ([3.0, 0.0], [-3.0, 0.0], [2.0, 1.0]))
+    k = torch.stack([heavy] * 6 + [light, other])
+    groups = Groups(torch.tensor([0] * 6 + [1, 1]), *(torch.stack([heavy, (light + other) / 2]),) * 3)
+    groups = dataclasses.replace(groups, variance=torch.zeros_like(groups.k))
+    scores = run_scores(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64), k, 1.0, geometry, groups, None)
+    mass = 6 * math.exp(3.0) + 2 * math.exp(-0.5)
+    expected = [0.0] * 6 + [(math.exp(-0.5) - math.exp(-3.0)) / mass, (math.exp(2.0) - math.exp(-0.5)) / mass]
+    torch.testing.assert_close(scores, scores.new_tensor(expected), rtol=1e-9, atol=1e-12)
+    assert run_order(scores, 1)[0] == 7
 
 
 def test_groups_by_hand() -> None:
-    geometry = Geometry(tile=4, sink=0, bundle=4, sub_means=1, smoothing=1, block=4, clusters=2)
+    geometry = Geometry(tile=4, sink=0, bundle=4, sub_means=1, run=1, block=4, clusters=2)
     near, far = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 5.0], dtype=torch.float64)
     k = torch.stack([near, far, near + 0.5, far, near, near, far, far])
     groups = tail_groups(k, k, None, geometry)
@@ -218,7 +225,7 @@ def test_groups_by_hand() -> None:
 def test_the_spread_of_a_flat_tail_counts(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (30, 256))
-    geometry = Geometry(tile=256, sink=0, sub_means=1, smoothing=1, block=256, clusters=1)
+    geometry = Geometry(tile=256, sink=0, sub_means=1, run=1, block=256, clusters=1)
     groups = tail_groups(k, k, None, geometry)
     exact = (q @ k.T * scale).logsumexp(dim=1)
     second, first = (

@@ -37,12 +37,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "float32": {"dtype": torch.float32, "max_density": 0.4},
     "blocks of 16": {
-        "geometry": Geometry(tile=32, sink=16, bundle=64, sub_means=4, smoothing=3, block=16, clusters=2),
+        "geometry": Geometry(tile=32, sink=16, bundle=64, sub_means=4, run=4, block=16, clusters=2),
         "lengths": (70, 170), "max_density": 0.5,
     },
-    "tail dropped": {"geometry": Geometry(bundle=64, sink=0, clusters=0), "lengths": (140, 301), "max_density": 0.5},
+    "blocks larger than a tile, single keys": {
+        "geometry": Geometry(tile=32, bundle=64, sink=0, block=64, run=1), "lengths": (140, 301), "max_density": 0.5,
+    },
     "no sinks, one mean": {
-        "geometry": Geometry(bundle=64, sink=0, sub_means=1, smoothing=1, limit=0.1),
+        "geometry": Geometry(bundle=64, sink=0, block=128, sub_means=1, limit=0.1),
         "lengths": (30, 300), "max_density": 0.5,
     },
     "all in the dense part": {"lengths": (5, 40)},
@@ -169,10 +171,12 @@ def problem_with(**fields: Any) -> SparseProblem:
         ({"q": torch.zeros(1, 2, 20, 16, dtype=torch.float64)}, "got torch.float64"),
         ({"v": torch.zeros(1, 2, 30, 16, dtype=torch.float16)}, "Hq a multiple of Hkv"),
         ({"geometry": Geometry(tile=96, sink=0, block=32)}, "tile of a power of two, 16 to 128; got 96"),
-        ({"geometry": Geometry(bundle=100)}, "multiple of 64 keys; got 100"),
+        ({"geometry": Geometry(bundle=104)}, "multiple of 64 keys; got 104"),
         ({"v": torch.zeros(1, 1, 30, 300, dtype=torch.float16)}, "wider than 256: 300"),
-        ({"q": torch.zeros(1, 17, 20, 16, dtype=torch.float16)}, "17 query heads of a key/value head"),
+        ({"q": torch.zeros(1, 65, 20, 16, dtype=torch.float16)}, "65 query heads of a key/value head"),
         ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
+        ({"geometry": Geometry(clusters=0)}, "clusters must be at least 1 here; got 0"),
+        ({"geometry": Geometry(block=512, sink=0)}, "from 16 to 256 keys; got 8 and 512"),
     ],
 )  # fmt: skip
 def test_bad_arguments_say_what_is_wrong(fields: dict[str, Any], message: str) -> None:
@@ -185,7 +189,7 @@ def test_bad_arguments_say_what_is_wrong(fields: dict[str, Any], message: str) -
     ("heads", "width", "route", "reason"),
     [
         (8, 64, "triton", None),
-        (34, 64, "triton", "17 query heads of a key/value head"),
+        (130, 64, "triton", "65 query heads of a key/value head"),
         (8, 264, "triton", "wider than 256: 264"),
         (8, 64, "math", "no Triton kernel"),
     ],

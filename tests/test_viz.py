@@ -30,8 +30,8 @@ def test_density_is_drawn_for_what_was_approximated() -> None:
 def test_the_keys_that_tiles_read_are_those_that_were_computed() -> None:
     torch.manual_seed(0)
     q, k = 4 * torch.randn(1, 1, 96, 8), torch.randn(1, 1, 96, 8)
-    geometry = Geometry(tile=16, sink=8, bundle=16, sub_means=4, smoothing=3, block=8, clusters=2)
-    chosen = chosen_keys(q[0, 0], k[0, 0], budget=0.6, geometry=geometry)
+    geometry = Geometry(tile=16, sink=8, bundle=16, sub_means=4, run=4, block=8, clusters=2)
+    chosen = chosen_keys(q[0, 0], k[0, 0], k[0, 0], budget=0.6, geometry=geometry)
     (image,) = viz.tokens_read(chosen).images
     assert torch.equal(torch.as_tensor(image.get_array()).bool(), chosen)
     seen = torch.ones(96, 96, dtype=torch.bool).tril() & chosen.repeat_interleave(16, 0)

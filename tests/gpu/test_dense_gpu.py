@@ -1,11 +1,12 @@
 """Exact attention on a GPU, at size: every route against float64, repeatable, and beyond 2^31 bytes.
 
-Needs a CUDA device; `pytest -n 8 tests/gpu` compiles kernels side by side.
+Needs a CUDA device; `OMP_NUM_THREADS=1 pytest -n 15 tests/gpu` compiles kernels side by side.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Any
 
@@ -33,6 +34,13 @@ class GpuProblem(Problem):
         if self.sinks is not None:
             grads[3] = grads[3].to(self.sinks.dtype)
         return output, lse.to(dense.lse_dtype(self.q.dtype)), grads
+
+    @property
+    def condition(self) -> float:
+        """Types that accumulate in themselves: errors of sums over keys and widths grow like the root of the terms."""
+        if self.q.dtype in (torch.float16, torch.bfloat16):
+            return 1.0
+        return math.sqrt(self.q.shape[3] + self.k.shape[2])
 
     def redrawn(self, seed: int) -> Problem:
         return on_gpu(super().redrawn(seed))

@@ -1,6 +1,7 @@
 """S2O sparse attention on a GPU: random calls against a float64 replay, long ones, and beyond 2^31 elements.
 
-Needs a CUDA device; `pytest -n 8 tests/gpu` compiles kernels side by side. Unwritten memory holds NaN (conftest.py).
+Needs a CUDA device; `OMP_NUM_THREADS=1 pytest -n 15 tests/gpu` compiles kernels side by side, and the replays on the
+CPU leave each other their cores. Unwritten memory holds NaN (conftest.py).
 """
 
 from __future__ import annotations
