@@ -1,28 +1,36 @@
 """Times causal attention on CPU: torch's SDPA against S2O sparse attention, on flat and on structured data.
 
-    python examples/bench_cpu_sparse.py --lengths 2048 8192
+    python examples/bench_cpu_sparse.py --lengths 8192 16384
     python examples/bench_cpu_sparse.py --file heads.pt
 
 "flat" is standard normal: nothing to skip, the worst case. In "structured" a few keys are heavy for all queries, and
 neighbours are for each other. --file takes {"q", "k", "v"} saved by
-torch.save, cut to each length. Runs alternate and the best of each is taken, so that a busy machine disturbs both
-alike; the density is the share of visible pairs that were computed, the error relative, mean over heads of
-mean |o - dense|^2 / mean |dense|^2.
+torch.save, cut to each length. Runs alternate and medians are compared, so that a busy machine disturbs both alike; the
+load average before a row tells how busy it was. What others take is not counted with --threads 1 --clock cpu, save for
+caches and memory. The density is the share of visible pairs that were computed, the
+error relative, mean over heads of mean |o - dense|^2 / mean |dense|^2.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_cpu_attention import best_times
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_inductor.kernels import cpu_sparse
+from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.sparse_policy import Geometry
+
+SHAPES = (((8, 2), 128), ((8, 8), 64), ((1, 1), 64))  # query and key/value heads, width
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def structured(length: int, heads: tuple[int, int], width: int) -> list[Tensor]:
@@ -59,7 +67,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def sparse(q: Tensor, k: Tensor, v: Tensor, budget: float) -> cpu_sparse.Result:
+def sparse(q: Tensor, k: Tensor, v: Tensor, budget: float) -> Sparse:
     """S2O's; exact for budget 0."""
     return cpu_sparse.forward(
         q, k, v, scale=q.shape[3] ** -0.5, budgets=(budget,), causal=True, window=None, keys=None, max_density=1.0,
@@ -67,52 +75,69 @@ def sparse(q: Tensor, k: Tensor, v: Tensor, budget: float) -> cpu_sparse.Result:
     )  # fmt: skip
 
 
-def compare(name: str, inputs: list[Tensor], budgets: list[float], repeats: int) -> None:
+def median_times(
+    functions: list[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Median seconds of `repeats` alternating runs of each function, after a run of each to warm up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = clock()
+            function()
+            if repeat:
+                taken.append(clock() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def compare(name: str, inputs: list[Tensor], budgets: list[float], repeats: int, clock: Callable[[], float]) -> None:
     """Prints a row for each budget."""
     q, k, v = inputs
-    times = best_times(
-        [functools.partial(dense, q, k, v), *(functools.partial(sparse, q, k, v, b) for b in budgets)], repeats
+    load = os.getloadavg()[0]
+    times = median_times(
+        [functools.partial(dense, q, k, v), *(functools.partial(sparse, q, k, v, b) for b in budgets)], repeats, clock
     )
     exact = dense(q, k, v).double()
-    for budget, time in zip(budgets, times[1:], strict=True):
+    for budget, taken in zip(budgets, times[1:], strict=True):
         result = sparse(q, k, v, budget)
         off = (result.output.double() - exact).square().mean(dim=(0, 2, 3)) / exact.square().mean(dim=(0, 2, 3))
         density = float(result.pairs.sum() / result.visible.sum())
         print(
             f"{name:12}{q.shape[2]:7}  {q.shape[1]}/{k.shape[1]} x {q.shape[3]:<4} {str(q.dtype)[6:]:9}{budget:6.2f}"
-            f"{times[0] * 1e3:9.0f}{time * 1e3:8.0f}{times[0] / time:7.2f}x{density:9.3f}{float(off.mean()):10.1e}",
+            f"{times[0] * 1e3:9.0f}{taken * 1e3:8.0f}{times[0] / taken:7.2f}x{density:9.3f}{float(off.mean()):10.1e}"
+            f"{load:6.1f}",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the process, for --threads 1")
     parser.add_argument("--file", type=Path, help="real q, k and v to time instead of made ones")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads; ", end="")
-    print(f"milliseconds, best of {args.repeats}")
+    print(f"milliseconds ({args.clock}), median of {args.repeats}")
     print(
         f"{'data':15}{'S':>4}  {'heads x D':12}{'dtype':8}{'budget':>7}{'SDPA':>9}{'s2o':>8}{'ratio':>8}{'density':>9}",
         end="",
     )
-    print(f"{'error':>10}")
+    print(f"{'error':>10}{'load':>6}")
     for length in args.lengths:
         for dtype in (getattr(torch, name) for name in args.dtypes):
             if args.file is not None:
                 saved = torch.load(args.file)
                 inputs = [saved[name][:, :, :length].to(dtype).contiguous() for name in ("q", "k", "v")]
-                compare(args.file.stem, inputs, args.budgets, args.repeats)
+                compare(args.file.stem, inputs, args.budgets, args.repeats, CLOCKS[args.clock])
                 continue
-            for heads, width in (((8, 2), 128), ((8, 8), 64)):
+            for heads, width in SHAPES:
                 for make in (flat, structured):
                     inputs = [x.to(dtype) for x in make(length, heads, width)]
-                    compare(make.__name__, inputs, args.budgets, args.repeats)
+                    compare(make.__name__, inputs, args.budgets, args.repeats, CLOCKS[args.clock])
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def stop(tile: Tile, order: Tensor, bundle: int, rule: str, knobs: Sequence[floa
     """int64 (G, T), bundles that each head reads at each knob.
 
     A row's tail estimate after a bundle is r gain / (1 + r gain): gain is the share of the mass so far that the
-    bundle brought, r the tokens left / the bundle's tokens (`stop_after` of kernels/reference_sparse.py).
+    bundle brought, r the tokens left / the bundle's tokens (`stop_after` of kernels/stop_rule.py).
 
     Args:
         tile: the tile.

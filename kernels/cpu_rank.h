@@ -1,8 +1,9 @@
-// Ranks the keys of a prefix for a tile of queries: kernels/reference_sparse.py, `token_scores` and `token_order`.
+// Ranks the keys of a prefix for a tile of queries: kernels/reference_sparse.py, `run_scores` and `run_order`.
 
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -12,125 +13,38 @@
 
 namespace s2o {
 
-// The keys [0, length) of a prefix, in rows `stride` apart; `allowed` is null, or tells which may be seen.
+// The keys [low, high) of a prefix, in columns (D, kKeys) as `transpose` makes them of each kKeys keys from the first
+// on; `allowed` is null, or tells which of all keys may be seen.
 struct Prefix {
-  const float* k;
-  int64_t stride, length, width;
+  const float* columns;
+  int64_t low, high, width;
   const uint8_t* allowed;
+  bool shows(int64_t key) const { return !allowed || allowed[key]; }
 };
 
-class Ranker {
- public:
-  // Room for the sub-mean queries, zeros: feature d of the i-th at [d * stride() + i].
-  float* start(int64_t count, int64_t width) {
-    count_ = count, vectors_ = (count + kLanes - 1) / kLanes;
-    float* means = means_.of(width * stride());
-    std::memset(means, 0, sizeof(float) * width * stride());
-    return means;
-  }
-  int64_t stride() const { return vectors_ * kLanes; }
+// The groups of like keys of a head, `clusters` in a row for each block; without clusters there are none.
+struct Groups {
+  const float *k, *spread;  // (P, D), mean keys, and variances of keys over 2 log2(e)
+  const int32_t* size;      // (P,), how many keys may be seen
+  const int32_t* member;    // the group of each key, in whole chunks of kKeys
+  int64_t clusters, block;
+  float limit;  // in units of log 2
+};
 
-  // Sorts `order`, positions in the prefix by rising position, by falling score.
-  void sort(const Prefix& prefix, int64_t smoothing, std::vector<int32_t>& order) {
-    sort_by_score(smooth(score(prefix), prefix.length, smoothing), order);
-  }
+class Sorter {
+ public:
+  // Sorts `order`, positions by rising position, by falling score.
+  void sort(const float* scores, std::vector<int32_t>& order);
 
  private:
-  float* score(const Prefix& prefix);
-  void weigh(const Prefix& prefix, int64_t chunk);
-  float* smooth(const float* score, int64_t length, int64_t smoothing);
-  void sort_by_score(const float* scores, std::vector<int32_t>& order);
-
-  int64_t count_ = 0, vectors_ = 0;
-  Buffer means_, weights_, peaks_, sums_, score_, smooth_;
   std::vector<int32_t> starts_;
   std::vector<uint64_t> entries_, swap_;
 };
 
-// The weights of one chunk of keys, relative to the peaks up to and with this chunk, and the sums so far relative to
-// the same peaks. `score` sets them right: so a score costs one exponential.
-inline void Ranker::weigh(const Prefix& prefix, int64_t chunk) {
-  const int64_t from = chunk * kKeys, count = std::min<int64_t>(kKeys, prefix.length - from);
-  const float* means = means_.of(0);
-  float *weight = weights_.of(0) + from * stride(), *sums = sums_.of(0);
-  float *before = peaks_.of(0) + chunk * stride(), *after = before + stride();
-  const float* rows[kKeys];
-  for (int64_t j = 0; j < count; ++j) rows[j] = prefix.k + (from + j) * prefix.stride;
-  int64_t c = 0;
-  for (; c + 4 <= vectors_; c += 4)
-    multiply_all<4>(rows, count, means + c * kLanes, stride(), prefix.width, weight + c * kLanes, stride());
-  for (; c + 2 <= vectors_; c += 2)
-    multiply_all<2>(rows, count, means + c * kLanes, stride(), prefix.width, weight + c * kLanes, stride());
-  if (c < vectors_)
-    multiply_all<1>(rows, count, means + c * kLanes, stride(), prefix.width, weight + c * kLanes, stride());
-  if (prefix.allowed)
-    for (int64_t j = 0; j < count; ++j)
-      if (!prefix.allowed[from + j]) std::fill_n(weight + j * stride(), stride(), kHidden);
-  for (c = 0; c < stride(); c += kLanes) {
-    Vec top = vec(before + c), sum = {};
-    for (int64_t j = 0; j < count; ++j) {
-      const Vec x = vec(weight + j * stride() + c);
-      top = x > top ? x : top;
-    }
-    vec(after + c) = top;
-    const Vec base = top == splat(kHidden) ? Vec{} : top;
-    for (int64_t j = 0; j < count; ++j) {
-      Vec& x = vec(weight + j * stride() + c);
-      x = exp2_of(x - base);
-      sum += x;
-    }
-    vec(sums + c) = vec(sums + c) * exp2_of(vec(before + c) - base) + sum;
-  }
-}
-
-// The mean over sub-means of their softmax over the prefix, up to a factor.
-inline float* Ranker::score(const Prefix& prefix) {
-  const int64_t chunks = (prefix.length + kKeys - 1) / kKeys;
-  float *peaks = peaks_.of((chunks + 1) * stride()), *sums = sums_.of(stride());
-  float *weight = weights_.of(prefix.length * stride()), *score = score_.of(prefix.length);
-  std::fill_n(peaks, stride(), kHidden);
-  std::fill_n(sums, stride(), 0.0f);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) weigh(prefix, chunk);
-  for (int64_t i = 0; i < stride(); ++i) sums[i] = i < count_ ? 1.0f / sums[i] : 0.0f;
-  const float* last = peaks + chunks * stride();
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    float* factor = peaks + chunk * stride();  // no longer needed as peaks
-    const float* peak = factor + stride();
-    for (int64_t c = 0; c < stride(); c += kLanes) {
-      // No peak yet means that no key could be seen yet: the weights are 0.
-      const Vec shrink = exp2_of(vec(peak + c) - vec(last + c)) * vec(sums + c);
-      vec(factor + c) = vec(peak + c) == splat(kHidden) ? Vec{} : shrink;
-    }
-    for (int64_t j = chunk * kKeys; j < std::min(prefix.length, (chunk + 1) * kKeys); ++j) {
-      Vec sum = {};
-      for (int64_t c = 0; c < stride(); c += kLanes) sum += vec(weight + j * stride() + c) * vec(factor + c);
-      score[j] = lane_sum(sum);
-    }
-  }
-  return score;
-}
-
-// The average over `smoothing` neighbours, fewer at the ends.
-inline float* Ranker::smooth(const float* score, int64_t length, int64_t smoothing) {
-  const int64_t reach = smoothing / 2;
-  float* smooth = smooth_.of(length);
-  std::fill_n(smooth, length, 0.0f);
-  for (int64_t shift = -reach; shift <= reach; ++shift)
-    for (int64_t j = std::max<int64_t>(0, -shift); j < std::min(length, length - shift); ++j)
-      smooth[j] += score[j + shift];
-  for (int64_t j = 0; j < length; ++j) {
-    if (j == reach) j = std::max(j, length - reach);  // between the ends the factor is the same for all
-    if (j >= length) break;
-    const int64_t count = std::min(j, reach) + std::min(length - 1 - j, reach) + 1;
-    smooth[j] *= static_cast<float>(smoothing) / static_cast<float>(count);
-  }
-  return smooth;
-}
-
 // A stable radix sort: scores are not negative, so that their bits rise with them, and equal ones stay by position.
 // NaN counts as the largest. An entry holds the bits of the score above the position.
-inline void Ranker::sort_by_score(const float* scores, std::vector<int32_t>& order) {
-  constexpr int kMost = 13;  // bits of a digit: its counters fit into L1
+inline void Sorter::sort(const float* scores, std::vector<int32_t>& order) {
+  constexpr int kDigit = 13;  // most bits of one: its counters fit into L1
   const size_t count = order.size();
   entries_.resize(count), swap_.resize(count);
   uint32_t largest = 0, smallest = ~0u;
@@ -144,7 +58,7 @@ inline void Ranker::sort_by_score(const float* scores, std::vector<int32_t>& ord
   }
   int width = 1;
   while (width < 32 && (largest - smallest) >> width) ++width;
-  const int passes = (width + kMost - 1) / kMost, digit = (width + passes - 1) / passes;
+  const int passes = (width + kDigit - 1) / kDigit, digit = (width + passes - 1) / passes;
   for (int pass = 0; pass < passes; ++pass) {
     const auto bucket = [&](uint64_t entry) {
       return (largest - static_cast<uint32_t>(entry >> 32)) >> pass * digit & ((1u << digit) - 1);
@@ -157,6 +71,175 @@ inline void Ranker::sort_by_score(const float* scores, std::vector<int32_t>& ord
     entries_.swap(swap_);
   }
   for (size_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(entries_[i]);
+}
+
+constexpr float kMost = 120.0f;  // shares are cut off at 2 to this, which no sum of them takes to infinity
+
+inline Vec at_most(Vec x, float most) { return x > splat(most) ? splat(most) : x; }
+
+class Ranker {
+ public:
+  // Room for the mean queries of the parts of all heads (count, D), with the factor of scores in them.
+  float* start(int64_t count, int64_t width) {
+    count_ = count;
+    return means_.of(count * width);
+  }
+
+  // Sorts `order`, runs of the prefix by rising position, by falling score.
+  void sort(const Prefix& prefix, const Groups& groups, int64_t run, std::vector<int32_t>& order) {
+    if (groups.clusters)
+      weigh_groups(prefix, groups);
+    else
+      weigh_keys(prefix);
+    sorter_.sort(score_runs(prefix, score_keys(prefix, groups), run), order);
+  }
+
+ private:
+  void weigh_groups(const Prefix& prefix, const Groups& groups);
+  void weigh_keys(const Prefix& prefix);
+  void multiply_keys(const Prefix& prefix, int64_t chunk);
+  const float* score_keys(const Prefix& prefix, const Groups& groups);
+  const float* score_runs(const Prefix& prefix, const float* keys, int64_t run);
+
+  int64_t count_ = 0, stride_ = 0;  // of means, and of means in whole vectors
+  Buffer means_;
+  Buffer total_;                   // (count,), the log-mass of the prefix
+  Buffer share_;                   // (groups of the prefix, stride), of one key of each
+  Buffer columns_, squares_;       // (D, stride) of means
+  Buffer spread_, top_, sum_;      // (groups, stride), (stride,) twice
+  Buffer logits_, score_, run_score_;  // (count, kKeys), (keys of the prefix in whole chunks,), (runs,)
+  std::vector<const float*> rows_;
+  Sorter sorter_;
+};
+
+// Sets the totals of all means and the shares of one key of each group.
+inline void Ranker::weigh_groups(const Prefix& prefix, const Groups& groups) {
+  const int64_t first = prefix.low / groups.block * groups.clusters;
+  const int64_t count = prefix.high / groups.block * groups.clusters - first, width = prefix.width;
+  stride_ = (count_ + kLanes - 1) / kLanes * kLanes;
+  float *columns = columns_.of(width * stride_), *squares = squares_.of(width * stride_);
+  transpose(means_.of(0), width, count_, width, columns, stride_);
+  for (int64_t i = 0; i < width * stride_; i += kLanes) vec(squares + i) = vec(columns + i) * vec(columns + i);
+  float *share = share_.of(count * stride_), *spread = spread_.of(count * stride_);
+  float *top = top_.of(stride_), *sum = sum_.of(stride_), *total = total_.of(stride_);
+  rows_.resize(count);
+  for (int64_t g = 0; g < count; ++g) rows_[g] = groups.k + (first + g) * width;
+  for (int64_t i = 0; i < stride_; i += kLanes)
+    multiply_all<1>(rows_.data(), count, columns + i, stride_, width, share + i, stride_);
+  for (int64_t g = 0; g < count; ++g) rows_[g] = groups.spread + (first + g) * width;
+  for (int64_t i = 0; i < stride_; i += kLanes)
+    multiply_all<1>(rows_.data(), count, squares + i, stride_, width, spread + i, stride_);
+  std::fill_n(top, stride_, kHidden);
+  std::fill_n(sum, stride_, 0.0f);
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t i = 0; i < stride_; i += kLanes) {
+      Vec& x = vec(share + g * stride_ + i);
+      const Vec more = vec(spread + g * stride_ + i), limit = splat(groups.limit);
+      x += more > limit ? limit : more;
+      if (groups.size[first + g]) vec(top + i) = x > vec(top + i) ? x : vec(top + i);
+    }
+  for (int64_t g = 0; g < count; ++g) {
+    if (!groups.size[first + g]) continue;
+    const auto size = static_cast<float>(groups.size[first + g]);
+    for (int64_t i = 0; i < stride_; i += kLanes)
+      vec(sum + i) += exp2_of(vec(share + g * stride_ + i) - vec(top + i)) * size;
+  }
+  for (int64_t i = 0; i < stride_; ++i) total[i] = top[i] + std::log2(sum[i]);
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t i = 0; i < stride_; i += kLanes) {
+      Vec& x = vec(share + g * stride_ + i);
+      x = exp2_of(at_most(x - vec(total + i), kMost));
+    }
+}
+
+// Sets the totals where there are no groups: of the keys themselves, which are then multiplied twice.
+inline void Ranker::weigh_keys(const Prefix& prefix) {
+  float *top = top_.of(count_ * kLanes), *sum = sum_.of(count_ * kLanes), *total = total_.of(count_);
+  std::fill_n(top, count_ * kLanes, kHidden);
+  std::fill_n(sum, count_ * kLanes, 0.0f);
+  for (int64_t chunk = prefix.low / kKeys; chunk * kKeys < prefix.high; ++chunk) {
+    multiply_keys(prefix, chunk);
+    for (int64_t i = 0; i < count_; ++i) {
+      float* logit = logits_.of(0) + i * kKeys;
+      for (int64_t j = 0, key = chunk * kKeys; j < kKeys; ++j, ++key)
+        if (key < prefix.low || key >= prefix.high || !prefix.shows(key)) logit[j] = kHidden;
+      Vec peak = vec(top + i * kLanes);
+      for (int64_t j = 0; j < kKeys; j += kLanes) peak = vec(logit + j) > peak ? vec(logit + j) : peak;
+      const Vec base = peak == splat(kHidden) ? Vec{} : peak;
+      Vec mass = vec(sum + i * kLanes) * exp2_of(vec(top + i * kLanes) - base);
+      for (int64_t j = 0; j < kKeys; j += kLanes) mass += exp2_of(vec(logit + j) - base);
+      vec(top + i * kLanes) = peak, vec(sum + i * kLanes) = mass;
+    }
+  }
+  for (int64_t i = 0; i < count_; ++i) {
+    const float* peak = top + i * kLanes;
+    const float most = *std::max_element(peak, peak + kLanes);
+    total[i] = most + std::log2(lane_sum(vec(sum + i * kLanes) * exp2_of(vec(peak) - most)));
+  }
+}
+
+// The logits (count, kKeys) of one chunk of keys. More vectors of keys where there are few means keep as many sums going.
+inline void Ranker::multiply_keys(const Prefix& prefix, int64_t chunk) {
+  const float* columns = prefix.columns + chunk * kKeys * prefix.width;
+  float* logits = logits_.of(count_ * kKeys);
+  rows_.resize(count_);
+  for (int64_t i = 0; i < count_; ++i) rows_[i] = means_.of(0) + i * prefix.width;
+  if (count_ < kRows)
+    for (int64_t j = 0; j < kKeys; j += 4 * kLanes)
+      multiply_all<4>(rows_.data(), count_, columns + j, kKeys, prefix.width, logits + j, kKeys);
+  else
+    for (int64_t j = 0; j < kKeys; j += 2 * kLanes)
+      multiply_all<2>(rows_.data(), count_, columns + j, kKeys, prefix.width, logits + j, kKeys);
+}
+
+// The sum over means of how far the share of each key of the prefix is from that of one key of its group; 0 where it is
+// hidden.
+inline const float* Ranker::score_keys(const Prefix& prefix, const Groups& groups) {
+  const int64_t first = prefix.low / kKeys, chunks = (prefix.high + kKeys - 1) / kKeys - first;
+  float* score = score_.of(chunks * kKeys);
+  for (int64_t chunk = first; chunk < first + chunks; ++chunk) {
+    multiply_keys(prefix, chunk);
+    int64_t group = 0, end = 0;  // the groups that keys of the chunk can be in
+    if (groups.clusters) {
+      group = std::max(prefix.low, chunk * kKeys) / groups.block * groups.clusters;
+      end = (std::min(prefix.high, (chunk + 1) * kKeys) - 1) / groups.block * groups.clusters + groups.clusters;
+    }
+    const float* share = share_.of(0) + (group - prefix.low / groups.block * groups.clusters) * stride_;
+    float* to = score + (chunk - first) * kKeys;
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+      Bits member = {};
+      if (group < end) std::memcpy(&member, groups.member + chunk * kKeys + j, sizeof member);
+      Vec sum = {};
+      for (int64_t i = 0; i < count_; ++i) {
+        const Vec x = exp2_of(at_most(vec(logits_.of(0) + i * kKeys + j) - total_.of(0)[i], kMost));
+        Vec like = {};
+        for (int64_t g = group; g < end; ++g)
+          like = member == static_cast<int32_t>(g) ? splat(share[(g - group) * stride_ + i]) : like;
+        sum += x > like ? x - like : like - x;  // NaN stays NaN
+      }
+      vec(to + j) = sum;
+    }
+    if (prefix.allowed)
+      for (int64_t j = 0; j < kKeys; ++j)
+        if (chunk * kKeys + j >= prefix.high || !prefix.allowed[chunk * kKeys + j]) to[j] = 0.0f;
+  }
+  return score + (prefix.low - first * kKeys);
+}
+
+// The mean over the keys of each run that may be seen, up to a factor; 0 where there are none.
+inline const float* Ranker::score_runs(const Prefix& prefix, const float* keys, int64_t run) {
+  const int64_t runs = (prefix.high - prefix.low) / run;
+  float* score = run_score_.of(runs);
+  for (int64_t r = 0; r < runs; ++r) {
+    float sum = 0.0f;
+    for (int64_t j = r * run; j < (r + 1) * run; ++j) sum += keys[j];
+    score[r] = sum;
+    if (!prefix.allowed) continue;
+    int64_t count = 0;
+    for (int64_t j = r * run; j < (r + 1) * run; ++j) count += prefix.shows(prefix.low + j);
+    score[r] /= static_cast<float>(std::max<int64_t>(count, 1));
+  }
+  return score;
 }
 
 }  // namespace s2o

@@ -55,13 +55,21 @@ class Softmax {
   }
 
   void add(int64_t head, const Chunk& chunk) {
+    Ahead nothing;
+    add(head, chunk, nothing);
+  }
+  void add(int64_t head, const Chunk& chunk, Ahead& ahead) {
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t first = rows_.start + panel * kPanel;
       if (chunk.bounded && rows_.causal && first + kPanel <= chunk.position[0]) continue;
-      add_to_panel(head * panels_ + panel, first, chunk);
+      add_to_panel(head * panels_ + panel, first, chunk, ahead);
     }
   }
 
+  // Calls of `ahead` while a chunk of `keys` is added to a head.
+  int64_t pauses(int64_t keys) const { return panels_ * (keys / kRows + rows_.value_width / kRows); }
+
+  float peak(int64_t head, int64_t row) { return peaks_.of(0)[panel_of(head, row) * kPanel + row % kPanel]; }
   // The mass of a head's rows before the last `settle`, and since.
   float mass(int64_t head, int64_t row) { return masses_.of(0)[panel_of(head, row) * kPanel + row % kPanel]; }
   float added(int64_t head, int64_t row) { return added_.of(0)[panel_of(head, row) * kPanel + row % kPanel]; }
@@ -89,7 +97,7 @@ class Softmax {
     return rows_.window ? std::clamp<int64_t>(position + rows_.window - first, 0, kPanel) : kPanel;
   }
   int64_t panel_of(int64_t head, int64_t row) const { return head * panels_ + row / kPanel; }
-  void add_to_panel(int64_t panel, int64_t first, const Chunk& chunk);
+  void add_to_panel(int64_t panel, int64_t first, const Chunk& chunk, Ahead& ahead);
   void add_spread(const float* queries, const Chunk& chunk);
   bool separate_broken(int64_t first, const Chunk& chunk, const float** finite, float* output);
 
@@ -102,10 +110,10 @@ class Softmax {
   std::vector<float> zeros_;
 };
 
-inline void Softmax::add_to_panel(int64_t panel, int64_t first, const Chunk& chunk) {
+inline void Softmax::add_to_panel(int64_t panel, int64_t first, const Chunk& chunk, Ahead& ahead) {
   float* scores = scores_.of(0);
   const float* queries = queries_.of(0) + panel * kPanel * rows_.width;
-  multiply_all<kVectors>(chunk.k, chunk.count, queries, kPanel, rows_.width, scores, kPanel);
+  multiply_all<kVectors>(chunk.k, chunk.count, queries, kPanel, rows_.width, scores, kPanel, ahead);
   if (chunk.limit >= 0.0f) add_spread(queries, chunk);
   if (chunk.bounded)
     for (int64_t j = 0; j < chunk.count; ++j) {
@@ -150,7 +158,7 @@ inline void Softmax::add_to_panel(int64_t panel, int64_t first, const Chunk& chu
   const float* finite[kKeys];
   const float* const* values = chunk.v;
   if (chunk.bounded && separate_broken(first, chunk, finite, output)) values = finite;
-  accumulate_all(values, chunk.count, scores, rows_.value_width, output);
+  accumulate_all(values, chunk.count, scores, rows_.value_width, output, ahead);
 }
 
 inline void Softmax::add_spread(const float* queries, const Chunk& chunk) {

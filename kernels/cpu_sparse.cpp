@@ -6,27 +6,29 @@
 // Scores, peaks and log-sums are in units of log 2: the factor log2(e) is folded into the queries.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <exception>
-#include <new>
-#include <thread>
+#include <utility>
 #include <vector>
 
+#include "cpu_forecast.h"
+#include "cpu_groups.h"
 #include "cpu_rank.h"
 #include "cpu_softmax.h"
+#include "cpu_threads.h"
 #include "cpu_vectors.h"
 
 // Filled by kernels/cpu_sparse.py, which mirrors it field by field. Strides count elements; the last dimension of
 // q, k and v has stride 1.
 struct Problem {
   const float *q, *k, *v;              // (B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)
-  const float *tail_k, *tail_spread;   // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
-                                       // keys over 2 log2(e)
-  const float* tail_v;                 // (B, Hkv, P, Dv)
-  const int32_t* member;               // (B, Hkv, whole blocks x block): the group of each key
+  float *tail_k, *tail_spread;         // (B, Hkv, P, D), P = clusters in each whole block: means, and variances of
+                                       // keys over 2 log2(e); made here, like the next four
+  float* tail_v;                       // (B, Hkv, P, Dv)
+  float* columns;                      // (B, Hkv, Sk in chunks of kKeys, D, kKeys): k for the ranking, made here too;
+                                       // null where nothing is ranked
+  int32_t *size, *member;              // (B, Hkv, P), (B, Hkv, Sk in whole chunks of kKeys): how many keys that may
+                                       // be seen a group has, and the group of each key of whole blocks
   const uint8_t* keys;                 // (B, Sk), or null
   const float* budgets;                // (Hq,)
   float *output, *lse, *tail;          // (B, Sq, Hq, Dv), (B, Hq, Sq), (B, Hq, tiles)
@@ -34,25 +36,33 @@ struct Problem {
   int64_t q_strides[3], k_strides[3], v_strides[3];
   int64_t batch, heads, kv_heads, queries, length, width, value_width;
   int64_t causal, window;  // a window of 0 is none
-  int64_t tile, sink, bundle, horizon, sub_means, smoothing, block, clusters;  // without clusters the tail is dropped
+  int64_t tile, sink, bundle, horizon, sub_means, run, block, rounds;
+  int64_t clusters;  // without them the tail is dropped
   int64_t threads;
   double scale, max_density, limit;  // the limit in units of log 2
+  double full;  // of a prefix: more expected than this, and all of it is read unranked; 1 never
 };
 
 namespace {
 
 using namespace s2o;
 
+constexpr double kLog2E = 1.4426950408889634;
+
 class Worker {
  public:
   explicit Worker(const Problem& p)
-      : p_(p), group_(p.heads / p.kv_heads), factor_(static_cast<float>(p.scale * 1.4426950408889634)) {}
+      : p_(p), group_(p.heads / p.kv_heads), factor_(static_cast<float>(p.scale * kLog2E)) {}
   void run(int64_t b, int64_t kv_head, int64_t t, int64_t start, int64_t end, int64_t tiles);
 
  private:
   void read_densely(int64_t from, int64_t to);
   void flush(Chunk& chunk);
   void rank();
+  void average(int64_t parts, float* mean) const;
+  bool expects_all(const Prefix& prefix, int64_t total);
+  void list_keys();
+  void fill(Chunk& chunk, int64_t from, int64_t end);
   void read_bundles();
   bool may_stop(int64_t head, float ratio, float* estimate);
   void add_tails();
@@ -79,7 +89,13 @@ class Worker {
 
   Softmax softmax_;
   Ranker ranker_;
-  std::vector<int32_t> order_;  // of the prefix, counted from low_
+  Forecaster forecaster_;
+  std::vector<Voter> voters_;
+  Buffer queries_, means_;  // of the voters and of their parts
+  bool everything_;  // all of the prefix is read, whatever the rule says
+  std::vector<int32_t> runs_;    // of the prefix, in the order they are read
+  std::vector<int32_t> order_;   // their keys that may be seen, counted from low_
+  std::vector<int64_t> edges_;   // how many of these come before each bundle, and in all
   std::vector<int64_t> counts_, read_, active_;
   std::vector<float> estimate_;
 };
@@ -134,63 +150,116 @@ void Worker::flush(Chunk& chunk) {
   chunk.count = 0, chunk.bounded = false;
 }
 
-// Fills order_ with the keys of the prefix that may be seen: by falling score, or, where all of them are read whatever
-// the order, by position.
+// Fills order_ with the keys of the prefix that may be seen: by falling score of their runs, or, where all of them are
+// read whatever the order, by position.
 void Worker::rank() {
-  order_.clear();
-  for (int64_t j = 0; j < high_ - low_; ++j)
-    if (allowed(low_ + j)) order_.push_back(static_cast<int32_t>(j));
+  const int64_t run = p_.run;
+  runs_.clear();
+  int64_t total = 0;
+  for (int64_t r = 0; r < (high_ - low_) / run; ++r) {
+    int64_t count = 0;
+    for (int64_t j = low_ + r * run; j < low_ + (r + 1) * run; ++j) count += allowed(j);
+    if (count) runs_.push_back(static_cast<int32_t>(r));
+    total += count;
+  }
   const float* budgets = p_.budgets + kv_head_ * group_;
-  const bool exact = std::all_of(budgets, budgets + group_, [](float x) { return x == 0.0f; });
-  if ((exact && p_.max_density >= 1.0) || static_cast<int64_t>(order_.size()) <= p_.bundle) return;
-  const int64_t parts = std::min(p_.sub_means, rows_);
-  float* means = ranker_.start(group_ * parts, p_.width);
-  const int64_t stride = ranker_.stride();
-  for (int64_t head = 0; head < group_; ++head) {
-    for (int64_t part = 0, i = 0; part < parts; ++part) {
-      const int64_t count = rows_ / parts + (part < rows_ % parts);
-      float* mean = means + head * parts + part;
-      for (const int64_t stop = i + count; i < stop; ++i) {
-        const float* row = q_row(head, i);
-        for (int64_t d = 0; d < p_.width; ++d) mean[d * stride] += row[d];
-      }
-      for (int64_t d = 0; d < p_.width; ++d) mean[d * stride] *= factor_ / static_cast<float>(count);
+  everything_ = p_.max_density >= 1.0 && std::all_of(budgets, budgets + group_, [](float x) { return x == 0.0f; });
+  if (!everything_ && static_cast<int64_t>(runs_.size()) * run > p_.bundle) {
+    const int64_t head = b_ * p_.kv_heads + kv_head_, chunks = (p_.length + kKeys - 1) / kKeys;
+    const Prefix prefix{p_.columns + head * chunks * kKeys * p_.width, low_, high_, p_.width, keys_};
+    everything_ = p_.full < 1.0 && p_.max_density >= 1.0 && expects_all(prefix, total);
+    if (!everything_) {
+      const int64_t parts = std::min(p_.sub_means, rows_), first = head * (p_.length / p_.block * p_.clusters);
+      average(parts, ranker_.start(group_ * parts, p_.width));
+      const Groups groups{p_.tail_k + first * p_.width, p_.tail_spread + first * p_.width, p_.size + first,
+                          p_.member + head * chunks * kKeys, p_.clusters, p_.block, static_cast<float>(p_.limit)};
+      ranker_.sort(prefix, groups, run, runs_);
     }
   }
-  ranker_.sort({k_row(low_), p_.k_strides[2], high_ - low_, p_.width, keys_ ? keys_ + low_ : nullptr}, p_.smoothing,
-               order_);
+  list_keys();
 }
 
-inline void prefetch(const float* row, int64_t width) {
-  for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + d);
+// The mean queries (heads, parts, D) of the parts of the tile, the first of which have one row more.
+void Worker::average(int64_t parts, float* mean) const {
+  std::fill_n(mean, group_ * parts * p_.width, 0.0f);
+  for (int64_t head = 0; head < group_; ++head)
+    for (int64_t part = 0, i = 0; part < parts; ++part, mean += p_.width) {
+      const int64_t count = rows_ / parts + (part < rows_ % parts);
+      for (const int64_t stop = i + count; i < stop; ++i) {
+        const float* row = q_row(head, i);
+        for (int64_t d = 0; d < p_.width; ++d) mean[d] += row[d];
+      }
+      for (int64_t d = 0; d < p_.width; ++d) mean[d] *= factor_ / static_cast<float>(count);
+    }
+}
+
+// Whether the tile can be expected to read so much of its prefix, `total` keys that may be seen, that it had better read
+// all of it.
+bool Worker::expects_all(const Prefix& prefix, int64_t total) {
+  const int64_t parts = std::min(kVoters, rows_);
+  average(parts, means_.of(group_ * parts * p_.width));
+  voters_.clear();
+  float* query = queries_.of(group_ * parts * p_.width);
+  for (int64_t head = 0; head < group_; ++head)
+    for (int64_t part = 0, i = -1; part < parts; ++part, query += p_.width) {
+      i += rows_ / parts + (part < rows_ % parts);
+      for (int64_t d = 0; d < p_.width; ++d) query[d] = q_row(head, i)[d] * factor_;
+      voters_.push_back({query, softmax_.peak(head, i), softmax_.mass(head, i)});
+    }
+  const Outlook outlook{p_.block, p_.bundle, p_.horizon, group_, total, p_.budgets + kv_head_ * group_};
+  return forecaster_.expect(prefix, means_.of(0), voters_, outlook) > p_.full;
+}
+
+// The keys of runs_ that may be seen, and where bundles begin: a hidden key has a place in its bundle and is not read.
+void Worker::list_keys() {
+  const auto listed = static_cast<int64_t>(runs_.size());
+  order_.resize(listed * p_.run);
+  edges_.clear();
+  int64_t count = 0;
+  for (int64_t i = 0; i < listed; ++i) {
+    if (i * p_.run % p_.bundle == 0) edges_.push_back(count);
+    const int64_t first = runs_[i] * p_.run;
+    for (int64_t key = first; key < first + p_.run; ++key)
+      if (allowed(low_ + key)) order_[count++] = static_cast<int32_t>(key);
+  }
+  edges_.push_back(count);
+  order_.resize(count);
+}
+
+// The keys of the order from its `from`-th on, none from the `end`-th on.
+void Worker::fill(Chunk& chunk, int64_t from, int64_t end) {
+  chunk.count = std::min<int64_t>(end - from, kKeys);
+  for (int64_t j = 0; j < chunk.count; ++j) {
+    const int64_t key = low_ + order_[from + j];
+    chunk.k[j] = k_row(key), chunk.v[j] = v_row(key);
+  }
 }
 
 // Bundle after bundle, until each head's rule stops it.
 void Worker::read_bundles() {
-  const int64_t total = order_.size();
-  const double cap = std::ceil(p_.max_density * static_cast<double>(total));
+  const int64_t listed = static_cast<int64_t>(runs_.size()) * p_.run;
+  const double cap = std::ceil(p_.max_density * static_cast<double>(listed));
   const int64_t most = static_cast<int64_t>(std::ceil(cap / static_cast<double>(p_.bundle)));
   active_.clear();
   for (int64_t head = 0; head < group_; ++head) active_.push_back(head);
-  Chunk chunk;
+  Chunk chunks[2], *chunk = &chunks[0], *next = &chunks[1];
+  fill(*chunk, 0, edges_[1]);
   for (int64_t bundle = 0; bundle < most && !active_.empty(); ++bundle) {
-    const int64_t begin = bundle * p_.bundle, end = std::min(total, begin + p_.bundle);
-    for (int64_t from = begin; from < end; from += kKeys) {
-      chunk.count = std::min<int64_t>(kKeys, end - from);
-      for (int64_t j = 0; j < chunk.count; ++j) {
-        const int64_t key = low_ + order_[from + j];
-        chunk.k[j] = k_row(key), chunk.v[j] = v_row(key);
-      }
-      for (int64_t j = from + kKeys; j < std::min(total, from + 2 * kKeys); ++j) {
-        prefetch(k_row(low_ + order_[j]), p_.width);
-        prefetch(v_row(low_ + order_[j]), p_.value_width);
-      }
-      for (const int64_t head : active_) softmax_.add(head, chunk);
+    const int64_t end = edges_[bundle + 1];
+    const int64_t beyond = edges_[std::min<size_t>(bundle + 2, edges_.size() - 1)];
+    for (int64_t from = edges_[bundle]; from < end; std::swap(chunk, next)) {
+      from += chunk->count;
+      fill(*next, from, from < end ? end : beyond);
+      const int64_t calls = static_cast<int64_t>(active_.size()) * softmax_.pauses(chunk->count);
+      Ahead ahead(next->k, p_.width, next->v, p_.value_width, next->count, calls);
+      for (const int64_t head : active_) softmax_.add(head, *chunk, ahead);
     }
-    const float ratio = static_cast<float>(static_cast<double>(total - end) / static_cast<double>(end - begin));
+    const int64_t done = std::min(listed, (bundle + 1) * p_.bundle);
+    const auto size = static_cast<double>(done - bundle * p_.bundle);
+    const auto ratio = static_cast<float>(static_cast<double>(listed - done) / size);
     active_.erase(std::remove_if(active_.begin(), active_.end(),
                                  [&](int64_t head) {
-                                   const bool stop = may_stop(head, ratio, &estimate_[head]);
+                                   const bool stop = may_stop(head, ratio, &estimate_[head]) && !everything_;
                                    softmax_.settle(head);
                                    read_[head] = bundle + 1;
                                    return stop;
@@ -198,9 +267,6 @@ void Worker::read_bundles() {
                   active_.end());
   }
 }
-
-// Of a row's mass, the share that `reach`, not read, would have.
-inline float share(float reach, float mass) { return reach == 0.0f ? 0.0f : reach / (mass + reach); }
 
 // Whether the estimated tail of every row is within the budget; its mean over the rows goes to `estimate`.
 bool Worker::may_stop(int64_t head, float ratio, float* estimate) {
@@ -219,26 +285,27 @@ bool Worker::may_stop(int64_t head, float ratio, float* estimate) {
 
 // The tail of each head: heads that stopped early first, so that what is left of the groups only shrinks.
 void Worker::add_tails() {
-  const int64_t total = order_.size(), whole = p_.length / p_.block, groups = whole * p_.clusters;
-  const int64_t head_at = b_ * p_.kv_heads + kv_head_;
-  const int32_t* member = p_.member + head_at * whole * p_.block + low_;
+  const auto bundles = static_cast<int64_t>(edges_.size()) - 1;
   std::vector<int64_t> heads;
   for (int64_t head = 0; head < group_; ++head)
-    if (read_[head] * p_.bundle < total) heads.push_back(head);
+    if (read_[head] < bundles) heads.push_back(head);
   if (heads.empty()) return;
   std::stable_sort(heads.begin(), heads.end(), [&](int64_t x, int64_t y) { return read_[x] < read_[y]; });
-  counts_.assign(groups, 0);
-  for (int64_t i = 0; i < total; ++i) ++counts_[member[order_[i]]];
+  const int64_t head_at = b_ * p_.kv_heads + kv_head_, chunks = (p_.length + kKeys - 1) / kKeys;
+  const int64_t begin = low_ / p_.block * p_.clusters, end = high_ / p_.block * p_.clusters;
+  const int64_t first_row = head_at * (p_.length / p_.block * p_.clusters) + begin;
+  const int32_t* member = p_.member + head_at * chunks * kKeys + low_;
+  counts_.assign(p_.size + first_row, p_.size + first_row + (end - begin));
   int64_t done = 0;
   for (size_t first = 0, last = 0; first < heads.size(); first = last) {
     const int64_t read = read_[heads[first]];
     while (last < heads.size() && read_[heads[last]] == read) ++last;
-    for (; done < read * p_.bundle; ++done) --counts_[member[order_[done]]];
+    for (; done < edges_[read]; ++done) --counts_[member[order_[done]] - begin];
     Chunk chunk;
     chunk.limit = static_cast<float>(p_.limit);
-    for (int64_t g = low_ / p_.block * p_.clusters; g < high_ / p_.block * p_.clusters; ++g) {
+    for (int64_t g = 0; g < end - begin; ++g) {
       if (!counts_[g]) continue;
-      const int64_t row = head_at * groups + g;
+      const int64_t row = first_row + g;
       chunk.k[chunk.count] = p_.tail_k + row * p_.width, chunk.v[chunk.count] = p_.tail_v + row * p_.value_width;
       chunk.spread[chunk.count] = p_.tail_spread + row * p_.width;
       chunk.bias[chunk.count++] = std::log2(static_cast<float>(counts_[g]));
@@ -256,7 +323,7 @@ void Worker::flush_tail(Chunk& chunk, const std::vector<int64_t>& heads, size_t 
 }
 
 void Worker::write(int64_t t, int64_t tiles) {
-  const int64_t first = start_ - (p_.length - p_.queries), total = order_.size();
+  const int64_t first = start_ - (p_.length - p_.queries);
   for (int64_t head = 0; head < group_; ++head) {
     const int64_t h = kv_head_ * group_ + head, at = (b_ * p_.heads + h) * tiles + t;
     for (int64_t i = 0; i < rows_; ++i)
@@ -264,40 +331,61 @@ void Worker::write(int64_t t, int64_t tiles) {
                      p_.lse + (b_ * p_.heads + h) * p_.queries + first + i);
     p_.bundles[at] = read_[head];
     p_.tail[at] = estimate_[head];
-    p_.pairs[at] = dense_pairs_ + std::min(total, read_[head] * p_.bundle) * rows_;
-    p_.visible[at] = dense_pairs_ + total * rows_;
+    p_.pairs[at] = dense_pairs_ + edges_[read_[head]] * rows_;
+    p_.visible[at] = dense_pairs_ + edges_.back() * rows_;
   }
+}
+
+// The groups of all keys of whole blocks; false when memory ran out.
+bool make_groups(const Problem& p) {
+  const int64_t whole = p.clusters ? p.length / p.block : 0, keys = (p.length + kKeys - 1) / kKeys * kKeys;
+  return on_threads(p.threads, p.batch * p.kv_heads * whole, [&]() {
+    // Queries carry the scale and log2(e), which the second-order term must hold once.
+    const auto factor = static_cast<float>(0.5 / kLog2E);
+    return [&p, whole, keys, grouper = Grouper(p.block, p.width, p.value_width, p.clusters, p.rounds, factor)](
+               int64_t task) mutable {
+      const int64_t head = task / whole, block = task % whole, b = head / p.kv_heads, h = head % p.kv_heads;
+      const int64_t from = block * p.block, first = block * p.clusters, at = task * p.clusters;
+      grouper.group({p.k + b * p.k_strides[0] + h * p.k_strides[1] + from * p.k_strides[2],
+                     p.v + b * p.v_strides[0] + h * p.v_strides[1] + from * p.v_strides[2], p.k_strides[2],
+                     p.v_strides[2], p.keys ? p.keys + b * p.length + from : nullptr, static_cast<int32_t>(first),
+                     p.member + head * keys + from, p.size + at, p.tail_k + at * p.width, p.tail_spread + at * p.width,
+                     p.tail_v + at * p.value_width});
+    };
+  });
+}
+
+// The keys as columns; false when memory ran out.
+bool make_columns(const Problem& p) {
+  const int64_t chunks = p.columns ? (p.length + kKeys - 1) / kKeys : 0;
+  return on_threads(p.threads, p.batch * p.kv_heads * chunks, [&]() {
+    return [&](int64_t task) {
+      const int64_t head = task / chunks, from = task % chunks * kKeys;
+      const float* k = p.k + head / p.kv_heads * p.k_strides[0] + head % p.kv_heads * p.k_strides[1];
+      transpose(k + from * p.k_strides[2], p.k_strides[2], std::min<int64_t>(kKeys, p.length - from), p.width,
+                p.columns + task * kKeys * p.width, kKeys);
+    };
+  });
+}
+
+// Attention; false when memory ran out. Tiles with the longest prefix come first, and the result of a tile does not
+// depend on who computes it.
+bool attend(const Problem& p) {
+  const int64_t before = p.length - p.queries, first = before / p.tile;
+  const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, heads = p.batch * p.kv_heads;
+  return on_threads(p.threads, heads * tiles, [&]() {
+    return [&, worker = Worker(p)](int64_t task) mutable {
+      const int64_t t = tiles - 1 - task / heads, head = task % heads;
+      const int64_t start = std::max(before, (first + t) * p.tile);
+      const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
+      worker.run(head / p.kv_heads, head % p.kv_heads, t, start, end, tiles);
+    };
+  });
 }
 
 }  // namespace
 
-// 0, or 1 when memory ran out. Tiles are handed out one by one, those with the longest prefix first; a tile's result
-// does not depend on who computes it. Threads live for one call, so that a process may fork between calls.
+// 0, or 1 when memory ran out.
 extern "C" int s2o_cpu_sparse(const Problem* problem) {
-  const Problem& p = *problem;
-  const int64_t before = p.length - p.queries, first = before / p.tile;
-  const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, tasks = p.batch * p.kv_heads * tiles;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  const auto work = [&]() {
-    try {
-      Worker worker(p);
-      for (int64_t task; !failed && (task = next++) < tasks;) {
-        const int64_t t = tiles - 1 - task / (p.batch * p.kv_heads), pair = task % (p.batch * p.kv_heads);
-        const int64_t start = std::max(before, (first + t) * p.tile);
-        const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
-        worker.run(pair / p.kv_heads, pair % p.kv_heads, t, start, end, tiles);
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-  };
-  std::vector<std::thread> threads;
-  try {
-    for (int64_t i = 1; i < std::min(p.threads, tasks); ++i) threads.emplace_back(work);
-  } catch (const std::exception&) {  // no more threads to be had: the work is done by those there are
-  }
-  work();
-  for (std::thread& thread : threads) thread.join();
-  return failed ? 1 : 0;
+  return make_columns(*problem) && make_groups(*problem) && attend(*problem) ? 0 : 1;
 }

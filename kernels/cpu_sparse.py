@@ -21,8 +21,11 @@ from torch import Tensor
 from s2o_inductor.kernels import cpu_sparse_torch, native
 from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
 from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of
-from s2o_inductor.kernels.tail_groups import Groups, tail_groups
 from s2o_inductor.sparse_policy import Geometry
+
+# Reading all of a prefix in place takes as long as ranking it and gathering this share of it, for one to four heads.
+FULL = 0.85
+_CHUNK = 64  # kKeys of cpu_vectors.h
 
 
 def forward(
@@ -37,6 +40,7 @@ def forward(
     keys: Tensor | None,
     max_density: float,
     geometry: Geometry,
+    full: float = FULL,
 ) -> Sparse:
     """S2O sparse attention.
 
@@ -51,24 +55,25 @@ def forward(
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes.
+        full: a tile that is expected to read more than this share of its prefix reads all of it, which costs less than
+            to rank it; 1 never does (`s2o_inductor.kernels.stop_rule.expected_share`).
 
     Returns:
         `Sparse`: output in the dtype of q, stored as (B, Sq, Hq, Dv); lse and tail in float32, float64 for float64.
 
     Raises:
-        ValueError: sizes, budgets, density or window are out of range.
+        ValueError: sizes, budgets, shares or window are out of range.
         MemoryError: there is no memory for the scores of one tile per thread.
     """
-    _check(q, k, v, budgets, causal, window, keys, max_density)
+    _check(q, k, v, budgets, causal, window, keys, max_density, full)
     budgets = tuple(budgets) * (q.shape[1] if len(budgets) == 1 else 1)
     wide = lse_dtype(q.dtype)
     # Converted once: a key is read by many tiles.
     wide_q, wide_k, wide_v = (x.to(wide) for x in (q, k, v))
     if keys is not None:
         wide_k, wide_v = (x.masked_fill(~keys[:, None, :, None], 0.0) for x in (wide_k, wide_v))
-    groups = None
-    if geometry.clusters and 0 not in (*q.shape, *k.shape):
-        groups = tail_groups(wide_k, wide_v, None if keys is None else ~keys[:, None], geometry)
+    if not any(budgets) and max_density == 1.0:  # nothing is skipped, so nothing need stand in for it
+        geometry = dataclasses.replace(geometry, clusters=0)
     library = None if wide == torch.float64 or 0 in q.shape[:3] else native.library("cpu_sparse")
     run = cpu_sparse_torch.run if library is None else _Native(library)
     batch, heads, queries, _ = q.shape
@@ -78,7 +83,7 @@ def forward(
     tail = torch.empty(batch, heads, tiles, dtype=wide)
     bundles, pairs, visible = (torch.empty(batch, heads, tiles, dtype=torch.int64) for _ in range(3))
     result = Sparse(output, lse, bundles, tail, pairs, visible)
-    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, geometry, groups)
+    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, full, geometry)
     return dataclasses.replace(
         result, output=heads_last(output.to(q.dtype)), pairs=pairs.sum(dim=2), visible=visible.sum(dim=2)
     )
@@ -86,7 +91,7 @@ def forward(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, budgets: Sequence[float], causal: bool, window: int | None,
-    keys: Tensor | None, max_density: float,
+    keys: Tensor | None, max_density: float, full: float,
 ) -> None:  # fmt: skip
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
@@ -104,6 +109,8 @@ def _check(
         raise ValueError(
             f"budgets must be at least 0 and max_density in (0, 1]; got {tuple(budgets)} and {max_density}"
         )
+    if not 0 <= full <= 1:
+        raise ValueError(f"full is a share of the prefix, 0 to 1; got {full}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
     if keys is not None and (keys.dtype != torch.bool or keys.shape != (k.shape[0], k.shape[2])):
@@ -121,12 +128,13 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *_fields(
-            "q k v tail_k tail_spread tail_v member keys budgets output lse tail bundles pairs visible", ctypes.c_void_p
+            "q k v tail_k tail_spread tail_v columns size member keys budgets output lse tail bundles pairs visible",
+            ctypes.c_void_p,
         ),
         *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
         *_fields("batch heads kv_heads queries length width value_width causal window", ctypes.c_int64),
-        *_fields("tile sink bundle horizon sub_means smoothing block clusters threads", ctypes.c_int64),
-        *_fields("scale max_density limit", ctypes.c_double),
+        *_fields("tile sink bundle horizon sub_means run block rounds clusters threads", ctypes.c_int64),
+        *_fields("scale max_density limit full", ctypes.c_double),
     ]
 
 
@@ -138,24 +146,22 @@ class _Native:
 
     def __call__(
         self, result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-        window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
+        window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        tail: dict[str, Tensor | None] = dict.fromkeys(("tail_k", "tail_spread", "tail_v", "member"))
-        if groups is not None:
-            # The kernel's queries carry the scale and log2(e), which the second-order term must hold once.
-            spread = groups.variance / (2 * math.log2(math.e))
-            tail = {
-                "tail_k": groups.k.contiguous(),
-                "tail_spread": spread.contiguous(),
-                "tail_v": groups.v.contiguous(),
-                "member": groups.member.int().contiguous(),
-            }
+        exact = not any(budgets) and max_density == 1.0  # then nothing is ranked
+        heads, padded = k.shape[:2], -(-k.shape[2] // _CHUNK) * _CHUNK
+        groups = (*heads, k.shape[2] // geometry.block * geometry.clusters)
         tensors = {
             "q": q,
             "k": k,
             "v": v,
-            **tail,
+            "tail_k": q.new_empty(*groups, q.shape[3]),
+            "tail_spread": q.new_empty(*groups, q.shape[3]),
+            "tail_v": q.new_empty(*groups, v.shape[3]),
+            "columns": None if exact else q.new_empty(*heads, padded, q.shape[3]),
+            "size": q.new_empty(*groups, dtype=torch.int32),
+            "member": q.new_empty(*heads, padded, dtype=torch.int32),
             "keys": None if keys is None else keys.contiguous(),
             "budgets": torch.tensor(budgets, dtype=torch.float32),
             **{field.name: getattr(result, field.name) for field in dataclasses.fields(result)},
@@ -174,13 +180,23 @@ class _Native:
             window=window or 0,
             **{
                 name: getattr(geometry, name)
-                for name in ("tile", "sink", "bundle", "horizon", "sub_means", "smoothing", "block")
+                for name in (
+                    "tile",
+                    "sink",
+                    "bundle",
+                    "horizon",
+                    "sub_means",
+                    "run",
+                    "block",
+                    "rounds",
+                    "clusters",
+                )
             },
-            clusters=0 if groups is None else geometry.clusters,
             threads=torch.get_num_threads(),
             scale=scale,
             max_density=max_density,
             limit=geometry.limit * math.log2(math.e),
+            full=full,
         )
         if self.library.s2o_cpu_sparse(ctypes.byref(problem)):
             raise MemoryError(f"no memory for sparse attention over {k.shape[2]} keys on {problem.threads} threads")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of, token_order, token_scores
-from s2o_inductor.kernels.tail_groups import Groups, tail_logits
+from s2o_inductor.kernels.reference_sparse import Sparse, run_order, run_scores, tiles_of
+from s2o_inductor.kernels.stop_rule import expected_share
+from s2o_inductor.kernels.tail_groups import Groups, groups_within, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
 _HIDDEN = float("-inf")
@@ -69,13 +70,16 @@ class _Softmax:
 
 def run(
     result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-    window: int | None, keys: Tensor | None, max_density: float, geometry: Geometry, groups: Groups | None,
+    window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
 ) -> None:  # fmt: skip
     """Fills `result`, whose pairs and visible are per tile, (B, Hq, tiles).
 
     The arguments are those of `cpu_sparse.forward` but for q, k and v, which are float32 or float64, k and v with
-    zeros at hidden keys, for the budgets, one for each query head, and for the groups of keys, none without a tail.
+    zeros at hidden keys, and for the budgets, one for each query head.
     """
+    groups = None
+    if geometry.clusters and 0 not in (*q.shape, *k.shape):
+        groups = tail_groups(k, v, None if keys is None else ~keys[:, None], geometry)
     batch, heads, queries, _ = q.shape
     kv_heads, length = k.shape[1:3]
     group = heads // kv_heads
@@ -83,6 +87,9 @@ def run(
     for b in range(batch):
         allowed = torch.ones(length, dtype=torch.bool) if keys is None else keys[b]
         for head in range(kv_heads):
+            of_head = None
+            if groups is not None:
+                of_head = Groups(*(x[b, head] for x in (groups.member, groups.k, groups.variance, groups.v)))
             of_group = slice(head * group, (head + 1) * group)
             for t, (start, end) in enumerate(tiles_of(queries, length, geometry.tile)):
                 rows = slice(start - (length - queries), end - (length - queries))
@@ -96,31 +103,36 @@ def run(
                     tile.add(every, k[b, head, dense], v[b, head, dense], sees)
                 prefix = slice(*spans[1])
                 hidden = ~allowed[prefix]
-                scores = token_scores(
-                    q[b, of_group, rows], k[b, head, prefix], scale, geometry.sub_means, geometry.smoothing, hidden
-                )
-                order = token_order(scores, hidden)
-                read, left = _bundles(
-                    tile,
-                    k[b, head, prefix],
-                    v[b, head, prefix],
-                    order,
+                # Of runs that are listed: all of them, by position, where the order does not matter.
+                order, budget = (
+                    run_order(torch.zeros(hidden.numel() // geometry.run), geometry.run, hidden),
                     limits[head],
-                    max_density,
-                    geometry.bundle,
-                    geometry.horizon,
                 )
-                if groups is not None:
-                    of_head = Groups(*(x[b, head] for x in (groups.member, groups.k, groups.variance, groups.v)))
-                    _tails(tile, of_head, prefix, order, read, geometry)
+                ranked = q[b, of_group, rows], k[b, head, prefix]
+                share = 0.0
+                if full < 1 and max_density == 1 and order.numel() > geometry.bundle:
+                    lse = tile.peak + tile.mass.log()
+                    share = expected_share(*ranked, lse, scale, budget.tolist(), prefix.start, hidden, geometry)
+                in_prefix = groups_within(of_head, prefix, geometry)
+                if share > full:
+                    budget = torch.zeros_like(budget)
+                else:
+                    scores = run_scores(*ranked, scale, geometry, in_prefix, hidden)
+                    order = run_order(scores, geometry.run, hidden)
+                shown = ~hidden[order]
+                read, left = _bundles(
+                    tile, ranked[1], v[b, head, prefix], order, shown, budget, max_density, geometry.bundle,
+                    geometry.horizon,
+                )  # fmt: skip
+                if in_prefix is not None:
+                    _tails(tile, in_prefix, order[shown], _edges(shown, read, geometry.bundle), geometry)
                 nothing = tile.mass == 0
                 result.output[b, of_group, rows] = tile.output / tile.mass.masked_fill(nothing, 1.0)[..., None]
                 result.lse[b, of_group, rows] = tile.peak + tile.mass.log()
                 result.bundles[b, of_group, t] = read
                 result.tail[b, of_group, t] = left
-                tokens = (read * geometry.bundle).clamp(max=order.numel())
-                result.pairs[b, of_group, t] = sees.sum() + tokens * (end - start)
-                result.visible[b, of_group, t] = sees.sum() + order.numel() * (end - start)
+                result.pairs[b, of_group, t] = sees.sum() + _edges(shown, read, geometry.bundle) * (end - start)
+                result.visible[b, of_group, t] = sees.sum() + shown.sum() * (end - start)
 
 
 def _spans(
@@ -144,17 +156,28 @@ def _visible(queries: Tensor, keys: Tensor, causal: bool, window: int | None) ->
     return sees if window is None else sees & (keys > queries[:, None] - window)
 
 
+def _edges(shown: Tensor, read: Tensor, bundle: int) -> Tensor:
+    """How many visible keys, int64 (G,), are in so many bundles of an order of which bool (N,) are visible."""
+    return torch.cat([read.new_zeros(1), shown.cumsum(0)])[(read * bundle).clamp(max=shown.numel())]
+
+
 def _bundles(
-    tile: _Softmax, k: Tensor, v: Tensor, order: Tensor, budgets: Tensor, max_density: float, bundle: int, horizon: int
-) -> tuple[Tensor, Tensor]:
-    """Reads bundles of a prefix until each head's rule stops it: bundles read, int64 (G,), tail estimates (G,)."""
+    tile: _Softmax, k: Tensor, v: Tensor, order: Tensor, shown: Tensor, budgets: Tensor, max_density: float,
+    bundle: int, horizon: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Reads bundles of a prefix until each head's rule stops it: bundles read, int64 (G,), tail estimates (G,).
+
+    A key of the order that is not `shown` has a place in its bundle and is not read.
+    """
     total, group = order.numel(), budgets.numel()
     read, estimate = torch.zeros(group, dtype=torch.int64), torch.zeros_like(budgets)
     active = torch.arange(group)
     for number in range(math.ceil(math.ceil(max_density * total) / bundle)):
-        tokens = order[number * bundle : (number + 1) * bundle]
+        places = slice(number * bundle, (number + 1) * bundle)
+        tokens = order[places]
+        read_now = tokens[shown[places]]
         tile.added.zero_()
-        tile.add(active, k[tokens], v[tokens])
+        tile.add(active, k[read_now], v[read_now])
         ratio = max(total - (number + 1) * bundle, 0) / tokens.numel()
         left, assumed = (
             torch.where(reach == 0, 0.0, reach / (tile.mass[active] + reach))
@@ -170,15 +193,14 @@ def _bundles(
     return read, estimate
 
 
-def _tails(tile: _Softmax, groups: Groups, prefix: slice, order: Tensor, read: Tensor, geometry: Geometry) -> None:
-    """Adds the tail of a prefix, once for all heads that stopped after the same bundle."""
-    member = groups.member[prefix][order]
-    for bundles in read.unique().tolist():
-        left = member[bundles * geometry.bundle :].bincount(minlength=groups.k.shape[0])
+def _tails(tile: _Softmax, groups: Groups, order: Tensor, read: Tensor, geometry: Geometry) -> None:
+    """Adds the tail of a prefix, once for all heads that stopped after the same keys of the order, all visible."""
+    for count in read.unique().tolist():
+        left = groups.member[order[count:]].bincount(minlength=groups.k.shape[0])
         some = left > 0
         if not some.any():
             continue
-        heads = (read == bundles).nonzero().flatten()
+        heads = (read == count).nonzero().flatten()
         standing = Groups(groups.member, groups.k[some], groups.variance[some], groups.v[some])
         q = tile.q[heads].flatten(0, 1)  # scaled already
         scores = tail_logits(q, standing, left[some], 1.0, geometry.limit).unflatten(0, (heads.numel(), -1))

@@ -6,10 +6,13 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace s2o {
 
@@ -112,22 +115,102 @@ void accumulate_rest(int64_t left, const float* const* rows, int64_t first, cons
   }
 }
 
-template <int VECS>
+// Rows of memory that will be read next, brought into cache a few lines at a time: each call comes between blocks of a
+// product. All at once they would fill the buffers of outstanding loads, and the products would wait for those.
+class Ahead {
+ public:
+  // Two arrays of `count` rows each, and how many calls there will be.
+  Ahead(const float* const* k, int64_t width, const float* const* v, int64_t value_width, int64_t count, int64_t calls)
+      : rows_{k, v}, widths_{width, value_width}, count_(count) {
+    const int64_t lines = count * ((width + kLine - 1) / kLine + (value_width + kLine - 1) / kLine);
+    pace_ = calls ? (lines + calls - 1) / calls : 0;
+  }
+  Ahead() = default;
+
+  void operator()() {
+    for (int64_t i = 0; i < pace_ && which_ < 2; ++i) {
+      if (row_ < count_) __builtin_prefetch(rows_[which_][row_] + at_);
+      if ((at_ += kLine) < widths_[which_]) continue;
+      at_ = 0;
+      if (++row_ >= count_) row_ = 0, ++which_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* const* rows_[2] = {};
+  int64_t widths_[2] = {}, count_ = 0, pace_ = 0;
+  int64_t which_ = 0, row_ = 0, at_ = 0;
+};
+
+template <int VECS, class Between>
 void multiply_all(const float* const* rows, int64_t count, const float* columns, int64_t column_stride, int64_t depth,
-                  float* out, int64_t out_stride) {
+                  float* out, int64_t out_stride, Between&& between) {
   constexpr int ROWS = VECS >= 4 ? kRows : 8;
   int64_t i = 0;
-  for (; i + ROWS <= count; i += ROWS)
+  for (; i + ROWS <= count; i += ROWS, between())
     multiply<ROWS, VECS>(rows + i, columns, column_stride, depth, out + i * out_stride, out_stride);
   multiply_rest<ROWS - 1, VECS>(count - i, rows + i, columns, column_stride, depth, out + i * out_stride, out_stride);
 }
 
+template <int VECS>
+void multiply_all(const float* const* rows, int64_t count, const float* columns, int64_t column_stride, int64_t depth,
+                  float* out, int64_t out_stride) {
+  multiply_all<VECS>(rows, count, columns, column_stride, depth, out, out_stride, [] {});
+}
+
 // output (width, kPanel) += for each feature, the sum over `count` keys of value times weight.
-inline void accumulate_all(const float* const* values, int64_t count, const float* weights, int64_t width,
-                           float* output) {
+template <class Between>
+void accumulate_all(const float* const* values, int64_t count, const float* weights, int64_t width, float* output,
+                    Between&& between) {
   int64_t d = 0;
-  for (; d + kRows <= width; d += kRows) accumulate<kRows>(values, d, weights, count, output + d * kPanel);
+  for (; d + kRows <= width; d += kRows, between())
+    accumulate<kRows>(values, d, weights, count, output + d * kPanel);
   accumulate_rest<kRows - 1>(width - d, values, d, weights, count, output + d * kPanel);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define S2O_SHUFFLES
+#endif
+#endif
+
+#ifdef S2O_SHUFFLES
+// Swaps the blocks of STEP lanes off the diagonal in pairs of rows that are STEP apart, then does so with half of it.
+template <int STEP, size_t... LANE>
+inline void exchange(Vec* rows, std::index_sequence<LANE...> lanes) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & STEP) continue;
+    const Vec low = rows[i], high = rows[i + STEP];
+    rows[i] = __builtin_shufflevector(low, high, (LANE & STEP ? kLanes + LANE - STEP : LANE)...);
+    rows[i + STEP] = __builtin_shufflevector(low, high, (LANE & STEP ? kLanes + LANE : LANE + STEP)...);
+  }
+  if constexpr (STEP > 1) exchange<STEP / 2>(rows, lanes);
+}
+#endif
+
+// Copies rows (count, width), `stride` apart, as columns (width, length), zeros behind the last of them.
+inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t width, float* columns,
+                      int64_t length) {
+  for (int64_t j = 0; j < length; j += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Vec block[kLanes] = {};
+      const int64_t most = std::min<int64_t>(kLanes, count - j), wide = std::min<int64_t>(kLanes, width - d);
+      for (int64_t i = 0; i < most; ++i) {
+        const float* row = rows + (j + i) * stride + d;
+        if (wide == kLanes)
+          std::memcpy(&block[i], row, sizeof(Vec));  // one load
+        else
+          std::memcpy(&block[i], row, sizeof(float) * wide);
+      }
+#ifdef S2O_SHUFFLES
+      exchange<kLanes / 2>(block, std::make_index_sequence<kLanes>());
+      for (int64_t i = 0; i < wide; ++i) vec(columns + (d + i) * length + j) = block[i];
+#else
+      for (int64_t i = 0; i < wide; ++i)
+        for (int64_t lane = 0; lane < kLanes; ++lane) columns[(d + i) * length + j + lane] = block[lane][i];
+#endif
+    }
 }
 
 inline bool is_finite(const float* row, int64_t width) {
@@ -137,17 +220,18 @@ inline bool is_finite(const float* row, int64_t width) {
 }
 
 // Memory of one thread, aligned for vectors; grows and is never cleared.
-class Buffer {
+template <class T>
+class Array {
  public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { release(); }
-  float* of(int64_t floats) {
-    if (floats > size_) {
+  Array() = default;
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { release(); }
+  T* of(int64_t count) {
+    if (count > size_) {
       release();
-      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t(64)));
-      size_ = floats;
+      data_ = static_cast<T*>(::operator new(sizeof(T) * count, std::align_val_t(64)));
+      size_ = count;
     }
     return data_;
   }
@@ -158,8 +242,9 @@ class Buffer {
     data_ = nullptr;
     size_ = 0;
   }
-  float* data_ = nullptr;
+  T* data_ = nullptr;
   int64_t size_ = 0;
 };
+using Buffer = Array<float>;
 
 }  // namespace s2o

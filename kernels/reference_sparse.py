@@ -27,7 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
+from s2o_inductor.kernels.stop_rule import expected_share, stop_after
+from s2o_inductor.kernels.tail_groups import Groups, groups_within, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
 _HIDDEN = float("-inf")
@@ -118,56 +119,6 @@ def tiles_of(queries: int, keys: int, tile: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges)) if queries else []
 
 
-def stop_after(
-    masses: Tensor, remaining: Tensor, sizes: Tensor, rule: str, budget: float, seen: Tensor,
-    most: int | None = None, horizon: int = 1,
-) -> tuple[int, Tensor]:  # fmt: skip
-    """How many bundles a tile reads, and the estimated share of its mass that it then leaves, per row.
-
-    With `gain` the share of the mass so far that bundle u brought:
-
-        "tail"  r gain / (1 + r gain), r = tokens left / tokens of the bundle: the share that is left if later
-                tokens weigh as much as the last bundle's. Stop when the worst row's, with r at least `horizon`,
-                is at most the budget.
-        "gain"  the paper's rule: added mass / mass before it. Stop when its mean over rows is under the budget.
-
-    Args:
-        masses: (R, U + 1), the mass of the dense part and of each bundle, relative to one peak per row.
-        remaining: (U,), tokens of the order that are left after each bundle.
-        sizes: (U,), tokens of each bundle.
-        rule: "tail" or "gain".
-        budget: the threshold.
-        seen: bool (R,), rows that exist and see a key; the others do not vote.
-        most: bundles that may be read at all; None is all of them.
-        horizon: see `Geometry`.
-
-    Returns:
-        bundles read, 0 to U, and the tail estimate (R,) at that point.
-
-    Raises:
-        ValueError: there is no such rule.
-    """
-    if rule not in ("tail", "gain"):
-        raise ValueError(f'rule must be "tail" or "gain"; got {rule!r}')
-    total = masses.cumsum(dim=1)
-    added, before, after = masses[:, 1:], total[:, :-1], total[:, 1:]
-    gain = torch.where(after > 0, added / after, 0.0)
-    ratio = (remaining / sizes).to(gain.dtype)
-    left = ratio * gain / (1 + ratio * gain)
-    assumed = ratio.clamp(min=horizon).where(ratio > 0, 0.0) * gain
-    nothing = torch.zeros_like(masses[:, 0])
-    if not seen.any() or not added.shape[1]:
-        return 0, nothing
-    if rule == "tail":
-        fine = (assumed / (1 + assumed))[seen].amax(dim=0) <= budget
-    else:
-        fine = torch.where(before > 0, added / before, math.inf)[seen].mean(dim=0) < budget
-    fine[-1] = True  # nothing is left
-    read = int(fine.to(torch.int8).argmax()) + 1
-    read = read if most is None else min(read, most)
-    return read, left[:, read - 1].masked_fill(~seen, 0.0)
-
-
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -181,6 +132,7 @@ def sparse_attention(
     rule: str = "tail",
     max_density: float = 1.0,
     share_order: bool = True,
+    full: float = 1.0,
     geometry: Geometry | None = None,
 ) -> Sparse:
     """S2O attention, tile by tile.
@@ -202,6 +154,8 @@ def sparse_attention(
         rule: see `stop_after`.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         share_order: query heads of one key/value head rank tokens together; each still stops by itself.
+        full: a tile whose `expected_share` is above this reads all of its prefix with all heads that rank together; 1
+            never does. For the rule "tail" without a `max_density`.
         geometry: sizes; None is the default ones.
 
     Returns:
@@ -241,15 +195,24 @@ def sparse_attention(
                 prefix = slice(low, high)
                 hidden = ~allowed[prefix]
                 orders: list[Tensor] = []
+                limits = [budgets[h % len(budgets)] for h in range(head * group, (head + 1) * group)]
                 for members in [slice(0, group)] if share_order else [slice(i, i + 1) for i in range(group)]:
                     scores = run_scores(
                         q[b, of_group, rows][members], k[b, head, prefix], scale, geometry,
-                        _within(groups, prefix, geometry), hidden,
+                        groups_within(groups, prefix, geometry), hidden,
                     )  # fmt: skip
                     orders += [run_order(scores, geometry.run, hidden)] * (members.stop - members.start)
-                for i, order in enumerate(orders):
+                    if full < 1 and rule == "tail" and max_density == 1:
+                        queries_here = q[b, of_group, rows][members]
+                        logits = (queries_here @ k[b, head].T * scale).masked_fill(~sees, _HIDDEN)
+                        logits[..., prefix] = _HIDDEN
+                        if full < expected_share(
+                            queries_here, k[b, head, prefix], logits.logsumexp(dim=2), scale, limits[members], low,
+                            hidden, geometry,
+                        ):  # fmt: skip
+                            limits[members] = [-1.0] * (members.stop - members.start)  # no tail is within it
+                for i, (order, budget) in enumerate(zip(orders, limits, strict=True)):
                     h = head * group + i
-                    budget = budgets[h % len(budgets)]
                     read, estimate, chosen = _choose(
                         q[b, h, rows], k[b, head], sees, prefix, order, scale, rule, budget, max_density, geometry
                     )
@@ -284,20 +247,11 @@ def chosen_keys(
         rows = q[start - (length - queries) : end - (length - queries)]
         sees = _visible(start, end, length, True, None, allowed)
         prefix = slice(*_prefix(start, end, length, True, None, geometry))
-        scores = run_scores(rows[None], k[prefix], scale, geometry, _within(groups, prefix, geometry), None)
+        scores = run_scores(rows[None], k[prefix], scale, geometry, groups_within(groups, prefix, geometry), None)
         order = run_order(scores, geometry.run)
         _, _, read = _choose(rows, k, sees, prefix, order, scale, "tail", budget, 1.0, geometry)
         chosen.append(read & sees.any(dim=0))
     return torch.stack(chosen)
-
-
-def _within(groups: Groups | None, prefix: slice, geometry: Geometry) -> Groups | None:
-    """The groups of a prefix, which is whole blocks, numbered from 0."""
-    if groups is None:
-        return None
-    first, end = (at // geometry.block * geometry.clusters for at in (prefix.start, prefix.stop))
-    members = groups.member[prefix] - first
-    return Groups(members, groups.k[first:end], groups.variance[first:end], groups.v[first:end])
 
 
 def _visible(start: int, end: int, length: int, causal: bool, window: int | None, allowed: Tensor) -> Tensor:

@@ -76,6 +76,15 @@ def _unit(x: Tensor, shown: Tensor) -> Tensor:
     return x / square.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
+def groups_within(groups: Groups | None, prefix: slice, geometry: Geometry) -> Groups | None:
+    """The groups of one head's keys in `prefix`, which is whole blocks, numbered from 0; None where there are none."""
+    if groups is None:
+        return None
+    first, end = (at // geometry.block * geometry.clusters for at in (prefix.start, prefix.stop))
+    members = groups.member[prefix] - first
+    return Groups(members, groups.k[first:end], groups.variance[first:end], groups.v[first:end])
+
+
 def tail_logits(q: Tensor, groups: Groups, left: Tensor, scale: float, limit: float) -> Tensor:
     """The scores of a tail: log of the mass of each group's keys that were not read, to second order.
 

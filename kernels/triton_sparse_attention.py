@@ -176,7 +176,7 @@ def attend_kernel(
             tokens += size
             if not KEYS:
                 read += size
-            # What is left if later tokens weigh as much as this bundle's (`reference_sparse.stop_after`, "tail").
+            # What is left if later tokens weigh as much as this bundle's (`stop_rule.stop_after`, "tail").
             kept = total0 * tl.exp2(peak0 - tl.where(peak == float("-inf"), 0.0, peak))
             gain = 1.0 - tl.minimum(kept / tl.where(total > 0.0, total, 1.0), 1.0)
             ratio = (places_ranked - tokens).to(tl.float32) / size.to(tl.float32)

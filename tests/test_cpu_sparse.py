@@ -36,6 +36,7 @@ both = pytest.mark.parametrize("kind", ["native", "torch"])  # the compiled kern
 def run(kind: str, q: Tensor, k: Tensor, v: Tensor, budget: float | tuple[float, ...] = 0.0, **options: Any) -> Sparse:
     options = {
         **{"scale": 0.25, "causal": True, "window": None, "keys": None, "max_density": 1.0, "geometry": SMALL},
+        **{"full": 1.0},
         **options,
     }
     budgets = budget if isinstance(budget, tuple) else (budget,)
@@ -94,14 +95,15 @@ def problems(draw: st.DrawFn, exact: bool = False) -> Problem:
             horizon=draw(st.sampled_from([1, 4])),
             limit=draw(st.sampled_from([3.0, 0.0, 0.1])),
             sink=draw(st.sampled_from([8, 0, 64])),
-            bundle=draw(st.sampled_from([16, 5])),
-            smoothing=draw(st.sampled_from([3, 1, 9])),
+            bundle=draw(st.sampled_from([16, 24])),
+            run=draw(st.sampled_from([4, 1, 8])),
             sub_means=draw(st.sampled_from([4, 1, 16])),
         ),
     }
     if draw(st.booleans()):
         rate = draw(st.sampled_from([0.1, 0.7]))
         options["keys"] = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) < rate
+    options["full"] = draw(st.sampled_from([1.0, 0.8, 0.4]))
     if not exact:
         options["max_density"] = draw(st.sampled_from([1.0, 1.0, 0.5]))
     layouts = draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 3))
@@ -164,13 +166,17 @@ def example(seed: int = 0, lengths: tuple[int, int] = (200, 200), heads: tuple[i
 
 @both
 @settings(max_examples=8)
-@given(cuts=st.sets(st.sampled_from(range(16, 200, 16)), max_size=3), seed=st.integers(0, 99))
-def test_chunks_of_whole_tiles_change_nothing(kind: str, cuts: set[int], seed: int) -> None:
+@given(
+    cuts=st.sets(st.sampled_from(range(16, 200, 16)), max_size=3),
+    seed=st.integers(0, 99),
+    full=st.sampled_from([1.0, 0.6]),
+)
+def test_chunks_of_whole_tiles_change_nothing(kind: str, cuts: set[int], seed: int, full: float) -> None:
     q, k, v = example(seed)
-    whole = run(kind, q, k, v, 0.3)
+    whole = run(kind, q, k, v, 0.3, full=full)
     edges = [0, *sorted(cuts), 200]
     for start, end in itertools.pairwise(edges):
-        part = run(kind, q[:, :, start:end], k[:, :, :end], v[:, :, :end], 0.3)
+        part = run(kind, q[:, :, start:end], k[:, :, :end], v[:, :, :end], 0.3, full=full)
         torch.testing.assert_close(part.output, whole.output[:, :, start:end], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(part.lse, whole.lse[:, :, start:end], atol=1e-5, rtol=1e-5)
         tiles = slice(start // SMALL.tile, -(-end // SMALL.tile))
@@ -253,6 +259,47 @@ def test_a_smaller_budget_reads_no_fewer_bundles(kind: str, seed: int, budgets: 
 
 
 @both
+@settings(max_examples=10)
+@given(seed=st.integers(0, 999), full=st.sampled_from([0.9, 0.6, 0.3]), heads=st.sampled_from([(4, 2), (2, 2)]))
+def test_a_tile_reads_all_of_its_prefix_or_what_the_rule_says(
+    kind: str, seed: int, full: float, heads: tuple[int, int]
+) -> None:
+    inputs = example(seed, heads=heads)
+    ruled, exact = run(kind, *inputs, 0.6), run(kind, *inputs, 0.0)
+    result = run(kind, *inputs, 0.6, full=full)
+    tiles = torch.arange(200) // SMALL.tile
+    gave_up = (result.bundles != ruled.bundles).unflatten(1, (heads[1], -1)).any(dim=2).repeat_interleave(
+        heads[0] // heads[1], dim=1
+    )  # fmt: skip
+    assert torch.equal(result.bundles, torch.where(gave_up, exact.bundles, ruled.bundles))
+    for field, which in (("output", gave_up[..., tiles, None]), ("lse", gave_up[..., tiles])):
+        wanted = torch.where(which, getattr(exact, field), getattr(ruled, field))
+        torch.testing.assert_close(getattr(result, field), wanted, atol=1e-5, rtol=1e-5)
+    assert (result.tail[gave_up] == 0).all() and torch.equal(result.tail[~gave_up], ruled.tail[~gave_up])
+    assert (result.pairs >= ruled.pairs).all() and torch.equal(result.visible, ruled.visible)
+
+
+@both
+def test_only_flat_heads_are_given_up(kind: str) -> None:
+    """Of two heads of which one is flat, the flat one is read wholly, the other as if nothing were given up."""
+    q, k, v, _ = attention_inputs(1, (2, 2), (1400, 1400), (16, 16), torch.float32, seed=3)
+    k[:, 1, ::37] += 4.0
+    q[:, 1] += 2.0
+    geometry = Geometry(sink=128, bundle=64, horizon=1, block=128)
+    ruled, result = (run(kind, q, k, v, 0.2, full=full, geometry=geometry) for full in (1.0, 0.7))
+    assert result.pairs[0, 0] == result.visible[0, 0] and ruled.pairs[0, 0] < ruled.visible[0, 0]
+    assert torch.equal(result.output[:, 1], ruled.output[:, 1]) and result.pairs[0, 1] < 0.6 * result.visible[0, 1]
+    exact = run(kind, q, k, v, 0.0)
+    torch.testing.assert_close(result.output[:, 0], exact.output[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@both
+def test_a_density_that_is_asked_for_is_kept(kind: str) -> None:
+    flat = attention_inputs(1, (2, 1), (200, 200), (16, 16), torch.float32)[:3]
+    assert torch.equal(*(run(kind, *flat, 0.1, max_density=0.5, full=full).pairs for full in (1.0, 0.1)))
+
+
+@both
 def test_heads_stop_by_themselves(kind: str) -> None:
     """Each head of a group follows its own budget, and gives what it gives when all have that budget."""
     inputs = example(heads=(4, 1))
@@ -296,7 +343,7 @@ def test_equal_scores_are_taken_by_position(kind: str) -> None:
     """With equal keys every score ties, and a capped tile reads the first keys of its prefix."""
     q = torch.ones(1, 1, 200, 16)
     k, v = torch.ones(1, 1, 200, 16), torch.arange(200.0)[None, None, :, None].expand(1, 1, 200, 16)
-    options = {"max_density": 0.2, "geometry": dataclasses.replace(SMALL, clusters=0, sub_means=1, smoothing=1)}
+    options = {"max_density": 0.2, "geometry": dataclasses.replace(SMALL, clusters=0, sub_means=1, run=1)}
     output = run(kind, q, k, v, 0.0, **options).output
     # The last tile, [192, 200), has the prefix [8, 192): 0.2 of it, rounded up, are 3 bundles.
     read = [*range(8 + 3 * 16), *range(192, 200)]
@@ -340,6 +387,7 @@ def test_huge_scores(kind: str) -> None:
         ({"budget": NAN}, "budgets must be at least 0"),
         ({"budget": (0.1, 0.2, 0.3)}, "one for each of 4 query heads; got 3"),
         ({"max_density": 0.0}, "max_density"),
+        ({"full": 1.5}, "share of the prefix"),
         ({"window": 0}, "at least 1"),
         ({"window": 3, "causal": False}, "goes with causal"),
         ({"keys": torch.ones(2, 199, dtype=torch.bool)}, "must be bool"),

@@ -18,7 +18,7 @@ from s2o_inductor.kernels import dense, reference, sparse
 from s2o_inductor.mask_spec import MaskSpec, parse
 from s2o_inductor.sparse_policy import Geometry, SparsePolicy
 
-LENGTH = 1536
+LENGTH = 2048  # the last tiles have three bundles to read, and stop after two
 SPARSE = {"inner": "aot_eager", "min_seq": 512, "budget": 0.7}
 CAUSAL = MaskSpec(upper="0").text()
 
@@ -386,8 +386,9 @@ def test_the_geometry_refuses_what_does_not_fit() -> None:
         ({"tile": 0}, "tile must be at least 1"),
         ({"sub_means": 7}, "sub_means must divide"),
         ({"run": 3}, "run must divide bundle and block"),
-        ({"sink": 65}, "sink and tile must be multiples of block; got 65, 128 and 128"),
-        ({"clusters": 129}, "clusters must be from 0 to block"),
+        ({"sink": 65}, "sink must be a multiple of block, and tile too or the other way round; got 65"),
+        ({"tile": 96}, "got 256, 96 and 256"),
+        ({"clusters": 257}, "clusters must be from 0 to block"),
     ):
         with pytest.raises(ValueError, match=says):
             Geometry(**fields)

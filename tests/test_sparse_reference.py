@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2o_inductor.kernels import reference
-from s2o_inductor.kernels.reference_sparse import (
-    run_order,
-    run_scores,
-    sparse_attention,
-    stop_after,
-    tiles_of,
-)
+from s2o_inductor.kernels.reference_sparse import run_order, run_scores, sparse_attention, tiles_of
+from s2o_inductor.kernels.stop_rule import stop_after
 from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
 
