@@ -1,7 +1,7 @@
 """Alternatives to what s2o's sparse attention does, an experiment each, for `bench.py quality --experiment`.
 
 Every row reads through the same tail and stop rule, so that rows differ in one thing only. Groups are those of blocks
-of 128 keys, finer than the kernels', so that the figures of BENCHMARKS.md, which says what came of each, can be had again.
+of 128 keys, finer than the kernels', so that the figures of BENCHMARKS.md, which says what came of each, stay right.
 """
 
 from __future__ import annotations
