@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sparse_quality import PseudoKeys, Selection, Tile, built, clusters, make_tile, runs
+from sparse_quality import GEOMETRY, PseudoKeys, Selection, Tile, built, built_tile, clusters, make_tile, runs
 from torch import Tensor
 
 from s2o_inductor.kernels.reference_sparse import run_scores
@@ -151,9 +151,8 @@ def smooth(scores: Tensor, neighbours: int) -> Tensor:
     return F.avg_pool1d(scores[:, None], neighbours, 1, neighbours // 2, count_include_pad=False)[:, 0]
 
 
-def built_score(tile: Tile) -> Tensor:
+def built_score(tile: Tile, geometry: Geometry = GEOMETRY) -> Tensor:
     """(1, N): the kernels' score, by its definition; all keys of a run share it."""
-    geometry = Geometry()
     groups = tail_groups(tile.k, tile.v, None, geometry)
     return run_scores(tile.order_q, tile.k, 1.0, geometry, groups, None).repeat_interleave(geometry.run)[None]
 
@@ -257,7 +256,8 @@ _POOLED = functools.partial(runs, pool=64, exact=True)
 _SECOND = functools.partial(runs, pool=64, limit=3.0)
 _CLUSTERS = functools.partial(clusters, block=1024, per_block=32)
 
-_AS_BUILT = functools.partial(by_tokens, score=built_score, rule="tail", horizon=Geometry().horizon)
+_BUILT_COST = GEOMETRY.sub_means * (1 + GEOMETRY.clusters / GEOMETRY.block)
+_AS_BUILT = functools.partial(by_tokens, score=built_score, rule="tail", horizon=GEOMETRY.horizon)
 
 METHODS: dict[str, Method] = {
     "PBS-Attn": Method(pbs, SHARES),
@@ -270,7 +270,7 @@ METHODS: dict[str, Method] = {
     "S2O, tail dropped": Method(_tokens(), BUDGETS, scoring=8),
     "S2O, pooled by 64": Method(_tokens(), BUDGETS, _POOLED, scoring=8),
     "S2O, pooled by 64, second order": Method(_tokens(), BUDGETS, _SECOND, scoring=8),
-    "S2O, as built": Method(_AS_BUILT, BUDGETS, built, scoring=2 * 33 / 32),
+    "S2O, as built": Method(_AS_BUILT, BUDGETS, built, scoring=_BUILT_COST, tile=built_tile),
     "S2O, clusters": Method(_tokens(), BUDGETS, _CLUSTERS, scoring=8),
     "S2O, clusters, rms rule": Method(_tokens("tail_rms"), BUDGETS, _CLUSTERS, scoring=8),
     "token oracle, tail dropped": Method(_ORACLE, BUDGETS, oracle=True),

@@ -21,6 +21,7 @@ from s2o_inductor.kernels.tail_groups import tail_groups
 from s2o_inductor.sparse_policy import Geometry
 
 ROWS = 128  # query positions of a tile
+GEOMETRY = Geometry()
 FLOOR = 1e-6  # relative squared error of rounding an output to bfloat16; nobody gains from less
 
 
@@ -113,6 +114,12 @@ def make_tile(
         mine, k[prefix], v[prefix], k[:sink], k[own], q[:, -last:].float(), order_q, weights, peak, dense_mass,
         dense_sum, exact, pairs,
     )  # fmt: skip
+
+
+def built_tile(q: Tensor, k: Tensor, v: Tensor, start: int, rows: int = ROWS, geometry: Geometry = GEOMETRY) -> Tile:
+    """The tile as the kernels cut it: their sinks, and a prefix of whole blocks; what lies behind is read densely."""
+    at = torch.arange(start, start + rows).expand(q.shape[0], -1)
+    return make_tile(q, k, v, start, geometry.sink, rows, shared=max(geometry.block // rows, 1), at=at)
 
 
 # ---------------------------------------------------------------- the tail
@@ -216,15 +223,17 @@ def clusters(
     return _pseudo_keys(torch.cat(labels), tile.k, tile.v, limit)
 
 
-def built(tile: Tile) -> PseudoKeys:
-    """The pseudo-keys of the kernels: `tail_groups` with the default geometry.
+def built(tile: Tile, geometry: Geometry = GEOMETRY) -> PseudoKeys:
+    """The pseudo-keys of the kernels: `tail_groups`.
 
     Raises:
-        ValueError: the sinks are not whole blocks.
+        ValueError: the sinks or the prefix are not whole blocks.
     """
-    geometry = Geometry()
-    if tile.sink_k.shape[0] % geometry.block:
-        raise ValueError(f"blocks of {geometry.block} positions need sinks in whole blocks; got {tile.sink_k.shape[0]}")
+    if tile.sink_k.shape[0] % geometry.block or tile.k.shape[0] % geometry.block:
+        raise ValueError(
+            f"sinks and a prefix must be whole blocks of {geometry.block} positions; "
+            f"got {tile.sink_k.shape[0]} and {tile.k.shape[0]}"
+        )
     groups = tail_groups(tile.k, tile.v, None, geometry)
     return PseudoKeys(groups.member, groups.k, groups.v, groups.variance, geometry.limit)
 
