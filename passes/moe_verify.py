@@ -134,11 +134,12 @@ def _example(
         ids = ids[:, torch.arange(shape[1]) % experts]
         if routing == "same":
             ids = ids[:1].expand(shape)
-        return (torch.full(shape, experts - 1) if routing == "one" else ids).to(value.dtype).contiguous()
+        ids = torch.full(shape, experts - 1) if routing == "one" else ids
+        return ids.to(value.device, value.dtype).contiguous()
     if node is site.weights:
-        return torch.rand(shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(value.device, value.dtype)
     scale = shape[-2 if site.spec.transposed else -1] ** -0.5 if len(shape) == 3 else 1.0
-    return (torch.randn(shape, generator=generator, dtype=torch.float32) * scale).to(value.dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float32) * scale).to(value.device, value.dtype)
 
 
 def _replay(

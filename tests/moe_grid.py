@@ -58,20 +58,20 @@ def first_call(model: nn.Module, x: Tensor, backend: str, **how: Any) -> tuple[f
     return time.perf_counter() - start, compiled
 
 
-def row(name: str, layer: type[nn.Module], training: bool, loop: bool, **sizes: int) -> str:
+def row(name: str, layer: type[nn.Module], training: bool, loop: bool, timed: bool, **sizes: int) -> str:
     torch.manual_seed(0)
     model = layer(**sizes).train(training)
     x = torch.randn(4, 16, 24)
     gold_model = copy.deepcopy(model).double()
     gold, original = values(gold_model, x.double(), gold_model), values(model, x, model)
     try:
-        inductor = f"{first_call(model, x, 'inductor')[0]:.1f}"
+        inductor = f"{first_call(model, x, 'inductor')[0]:.1f}" if timed else ""
     except Exception as failure:  # not ours: the idiom does not compile
         inductor = type(failure).__name__
     before, _ = nodes(model, x)
     prepared = s2o_inductor.prepare(model) if loop else None
     _, after = nodes(model, x)
-    seconds, compiled = first_call(model, x, "s2o", options=OPTIONS)
+    seconds, compiled = first_call(model, x, "s2o", options=OPTIONS if timed else {**OPTIONS, "inner": "aot_eager"})
     ours = error(values(model, x, compiled), gold)
     sites = [site for site in s2o_inductor.last_report().to_dict()["sites"] if site["kind"] == "moe"]
     what = (
@@ -81,7 +81,7 @@ def row(name: str, layer: type[nn.Module], training: bool, loop: bool, **sizes: 
         what = "; ".join("prepared" if not entry.reason else f"declined: {entry.reason}" for entry in prepared.entries)
     return (
         f"| {name} | {'training' if training else 'inference'} | {what} | {ours:.0e} / {error(original, gold):.0e} | "
-        f"{before} -> {after} | {seconds:.1f} / {inductor} |"
+        f"{before} -> {after} | {f'{seconds:.1f} / {inductor}' if timed else '-'} |"
     )
 
 
@@ -89,7 +89,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unrolled", type=int, nargs="+", metavar="E", help="a loop over E experts, alone")
     parser.add_argument("--only", nargs="+", metavar="IDIOM")
+    parser.add_argument("--untimed", action="store_true", help="no code generation, no times")
     arguments = parser.parse_args()
+    timed = not arguments.untimed
+    if timed:  # the first compilation of a process also looks at the machine
+        torch.compile(lambda x: x + 1)(torch.ones(8))
     torch._inductor.config.force_disable_caches = True
     print(
         "| idiom | | what happens | error, s2o / original | nodes | first call, s |\n|---|---|---|---|---|---|",
@@ -99,14 +103,17 @@ def main() -> None:
         # With this, Dynamo captures the whole loop, one branch per expert.
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             for number in arguments.unrolled:
-                print(row(f"every expert, E={number}", moe_idioms.EveryExpert, False, True, experts=number), flush=True)
+                print(
+                    row(f"every expert, E={number}", moe_idioms.EveryExpert, False, True, timed, experts=number),
+                    flush=True,
+                )
         return
     groups = (moe_idioms.CAPTURED, False), (moe_idioms.DECLINED, False), (moe_idioms.LOOPS, True)
     for idioms, loop in groups:
         for name, layer in idioms.items():
             for training in (False, True):
                 if not arguments.only or name in arguments.only:
-                    print(row(name, layer, training, loop), flush=True)
+                    print(row(name, layer, training, loop, timed), flush=True)
 
 
 if __name__ == "__main__":
