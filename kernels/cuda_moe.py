@@ -122,9 +122,8 @@ def hidden_tiles(facts: Facts) -> list[Tile]:
     """Ways to make the gradient of the first product, fastest first; all of as many columns."""
     if facts.dtype == torch.float32:
         return _FLOAT32
-    # Two programs share a multiprocessor: one computes while the other writes its tile.
     rows = max(facts.height, 64)
-    return [Tile(rows, 128, 4, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
+    return [Tile(rows, 128, 8, 4), Tile(rows, 128, 8, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
 
 
 @functools.lru_cache(maxsize=256)
