@@ -319,6 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--routing", default="uniform,zipf", help="zipf goes with 32 and 8,192 tokens alone")
     parser.add_argument("--quick", action="store_true", help="Nemotron 3 Super alone, without the longest call")
     parser.add_argument("--sweep", action="store_true", help="ways to run the kernels instead of whole calls")
     parser.add_argument("--no-peers", action="store_true", help="s2o alone")
@@ -336,7 +337,9 @@ def main() -> None:
     for name in names:
         weights = weights_of(MODELS[name])
         for tokens in lengths:
-            for routing in ("uniform", "zipf") if tokens in (32, 8192) and not options.sweep else ("uniform",):
+            for routing in options.routing.split(","):
+                if routing == "zipf" and (tokens not in (32, 8192) or options.sweep):
+                    continue
                 if time.time() - start > options.seconds:
                     print(f"left out: {name}, {tokens} tokens, {routing}", flush=True)
                     continue

@@ -53,6 +53,7 @@ class Facts:
         mean = self.pairs / self.experts
         return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 64 else 128
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - facts are few and small
     def parts(self, out: int, depth: int) -> int:
         """Into how many parts the sum of a product with `out` columns is cut so that all multiprocessors work."""
         if self.height > 32 or self.dtype == torch.float32:
@@ -75,12 +76,14 @@ class Facts:
 
 # All choices are for half precision on an H100, where Nemotron 3 Super with 8,192 and with 32 tokens was measured in
 # every way that examples/sweep_moe.py knows; elsewhere the first that fits runs. float32 is exact, not fast.
+# Choices are remembered, for the host's sake: in a decoding step the device waits for it.
 _FLOAT32 = [Tile(32, 32, 4, 2, depth=32), Tile(16, 32, 4, 1, depth=16)]
 _LAST = Tile(16, 32, 4, 1, depth=32)
 # Shared memory that a program needs to keep a 128 x 256 tile's pipeline filled across tiles: what Hopper has.
 _SHARED_ROOM = 227 << 10
 
 
+@functools.lru_cache(maxsize=256)
 def first_tiles(facts: Facts, inner: int, gated: bool) -> list[Tile]:
     """Ways to make the first product and its activation, fastest first; `inner` hidden columns, or two for each."""
     wide = 2 if gated else 1
@@ -98,6 +101,7 @@ def first_tiles(facts: Facts, inner: int, gated: bool) -> list[Tile]:
     return tiles
 
 
+@functools.lru_cache(maxsize=256)
 def second_tiles(facts: Facts, out: int) -> list[Tile]:
     """Ways to make the second product, or the gradient of the rows that entered the first, fastest first."""
     if facts.dtype == torch.float32:
@@ -113,15 +117,16 @@ def second_tiles(facts: Facts, out: int) -> list[Tile]:
     return [Tile(128, 256, 8, 4), *tiles] if facts.room >= _SHARED_ROOM else tiles
 
 
+@functools.lru_cache(maxsize=256)
 def hidden_tiles(facts: Facts) -> list[Tile]:
     """Ways to make the gradient of the first product, fastest first; all of as many columns."""
     if facts.dtype == torch.float32:
         return _FLOAT32
-    # Two programs share a multiprocessor: one computes while the other writes its tile.
     rows = max(facts.height, 64)
-    return [Tile(rows, 128, 4, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
+    return [Tile(rows, 128, 8, 4), Tile(rows, 128, 8, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
 
 
+@functools.lru_cache(maxsize=256)
 def outer_tiles(facts: Facts) -> list[Tile]:
     """Ways to make the gradient of weights, fastest first."""
     if facts.dtype == torch.float32:

@@ -22,8 +22,9 @@ from s2o_inductor.ops import NAMESPACE, observed
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Device types on which the pass puts experts in place of a model's own. CUDA has kernels; it joins this list when
-# they are measured to be no slower than what they replace.
+# Device types that have kernels, and those on which passes put the operator in place of a model's own experts. CUDA
+# joins the latter when its kernels are measured to be no slower than what they replace.
+_DEVICES = ("cpu", "cuda")
 ROUTED_DEVICES = ("cpu",)
 _OPERANDS = "Tensor z, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor ids, Tensor p"
 
@@ -80,7 +81,7 @@ def moe_experts(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        NotImplementedError: the device has no kernel.
+        NotImplementedError: the device has no kernel; CUDA has none for float64.
     """
     if keep is None:
         keep = torch.is_grad_enabled() and any(
@@ -100,13 +101,8 @@ def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:
     return moe_cpu.hidden(pre, spec)
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether `moe_experts` runs on a device in this version; on CUDA in all dtypes but float64, and with Triton."""
-    return device.type in ("cpu", "cuda")
-
-
 def is_routed(device: torch.device) -> bool:
-    """Whether the pass replaces experts on a device; see `ROUTED_DEVICES`."""
+    """Whether passes put `moe_experts` in place of a model's own experts on a device; see `ROUTED_DEVICES`."""
     return device.type in ROUTED_DEVICES
 
 
@@ -185,7 +181,7 @@ def _backward_impl(
 
 
 def _need_kernel(device: torch.device) -> None:
-    if not has_kernel(device):
+    if device.type not in _DEVICES:
         raise NotImplementedError(
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
             "(options={'disable': ['moe']})"

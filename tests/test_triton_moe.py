@@ -45,17 +45,19 @@ def case(name: str) -> Problem:
 
 
 def check_every_tile_height() -> None:
-    """Tiles as high as experts of few and of many rows get them; the case has both."""
+    """Tiles as high as experts of few and of many rows get them, the plan's and the products'."""
     from s2o_inductor.kernels import cuda_moe
 
-    made = case("relu2")
-    for height in (16, 32, 64, 128):
-        facts = property(lambda self, height=height: height)
-        original, cuda_moe.Facts.height = cuda_moe.Facts.height, facts  # type: ignore[assignment, method-assign]
-        try:
+    made, original, heights = case("relu2"), cuda_moe.facts_of, []
+    try:
+        for mean in (1, 15, 40, 100):
+            facts = cuda_moe.Facts(torch.float16, 5 * mean, 5, 4, 48 << 10)
+            heights.append(facts.height)
+            cuda_moe.facts_of = lambda *_, facts=facts: facts
             check(made)
-        finally:
-            cuda_moe.Facts.height = original  # type: ignore[method-assign]
+    finally:
+        cuda_moe.facts_of = original
+    assert heights == [16, 32, 64, 128]
 
 
 def check_shared_tiles() -> None:
