@@ -26,7 +26,7 @@ from s2o_inductor.expert_weights import Experts, NotExperts
 from s2o_inductor.loop_probe import Found
 from s2o_inductor.loop_source import NoSource
 from s2o_inductor.module_check import Inputs
-from s2o_inductor.moe_ops import has_kernel
+from s2o_inductor.moe_ops import is_routed
 from s2o_inductor.passes import verify
 from s2o_inductor.passes.moe_sizes import PREPARED
 
@@ -199,7 +199,7 @@ class _Module:
         if not modes:
             return None
         device = next(self.module.parameters()).device
-        if not has_kernel(device):
+        if not is_routed(device):
             raise NotExperts(f"no {device.type.upper()} kernel for experts in this version")
         if any(name in vars(self.module) for name in loop_probe.methods(self.module)):
             raise NotExperts("another program has replaced a method of it")

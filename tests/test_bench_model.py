@@ -24,6 +24,7 @@ from sparse_baselines import METHODS
 from sparse_quality import evaluate, make_tile
 from synthetic_heads import synthetic_head
 
+from s2o_inductor.kernels import cpu_sparse
 from s2o_inductor.kernels.reference_sparse import sparse_attention
 from s2o_inductor.sparse_policy import Geometry
 
@@ -92,9 +93,9 @@ def test_model_reads_what_the_tile_benchmark_reads(name: str, start: int) -> Non
 
 @pytest.mark.parametrize(("method", "clusters"), [("S2O", Geometry().clusters), ("S2O, tail dropped", 0)])
 def test_ours_is_the_reference(method: str, clusters: int) -> None:
-    q, k, v = heads("semantic", 1536)
-    output, pairs, visible = attention_of(method, 0.7)(q, k, v)
-    reference = sparse_attention(q, k, v, budgets=(0.7,), geometry=Geometry(clusters=clusters))
+    q, k, v = heads("semantic", 3072)
+    output, pairs, visible = attention_of(method, 0.9)(q, k, v)
+    reference = sparse_attention(q, k, v, budgets=(0.9,), full=cpu_sparse.FULL, geometry=Geometry(clusters=clusters))
     torch.testing.assert_close(output, reference.output, rtol=1e-3, atol=1e-4)
     assert (pairs, visible) == (int(reference.pairs.sum()), int(reference.visible.sum()))
     assert pairs < visible
