@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 
 from s2o_inductor.kernels import triton_moe_backward, triton_moe_first, triton_moe_second
-from s2o_inductor.kernels.moe_cpu import Experts, Gradients
+from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
 from s2o_inductor.kernels.triton_moe_backward import Rows
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import Tile, rows_like
+from s2o_inductor.moe_spec import ExpertSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Tiles per multiprocessor from which on none waits for the last ones for long, programs that keep memory busy, and
@@ -136,6 +137,29 @@ def outer_tiles(facts: Facts) -> list[Tile]:
     return [Tile(128, 128, 4, stages, depth) for stages in (3, 2)] + [Tile(64, 64, 4, 2, depth=32)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """`moe_cpu.Experts` whose weights are one tensor for all experts, as the kernels read them."""
+
+    spec: ExpertSpec
+    w1: tuple[Tensor, ...]
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    columns: int
+
+    @staticmethod
+    def of(experts: Experts) -> Stacked:
+        """Raises NotImplementedError where each expert has tensors of its own."""
+        weights = (*experts.w1, experts.w2, experts.b1, experts.b2)
+        found = [x for x in weights if x is None or isinstance(x, Tensor)]
+        if len(found) < len(weights):
+            raise NotImplementedError("experts on CUDA need their weights in one tensor; got one tensor per expert")
+        *first, second, b1, b2 = found
+        assert second is not None
+        return Stacked(experts.spec, tuple(w for w in first if w is not None), second, b1, b2, experts.columns)
+
+
 def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """`moe_cpu.forward`; what is kept of choices without an expert is undefined, and never read.
 
@@ -146,39 +170,39 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
-    kept = torch.empty((ids.numel() if keep else 0, experts.columns), dtype=z.dtype, device=z.device)
+    stacked = Stacked.of(experts)
+    kept = torch.empty((ids.numel() if keep else 0, stacked.columns), dtype=z.dtype, device=z.device)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_(), kept
     with torch.cuda.device_of(z):
-        facts = facts_of(experts, z, ids)
-        spec, pairs, width = experts.spec, ids.numel(), z.shape[1]
-        inner = experts.w2.shape[2]
+        facts = facts_of(stacked, z, ids)
+        spec, pairs, width = stacked.spec, ids.numel(), z.shape[1]
+        inner = stacked.w2.shape[2]
         plan = Plan.of(ids, facts.experts, facts.height)
         z, weights = _unit_rows(z), p.reshape(-1).contiguous()
         h = rows_like(z, pairs, inner)
-        _first(experts, z, plan, weights, kept if keep else None, h, facts)
+        _first(stacked, z, plan, weights, kept if keep else None, h, facts)
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
         y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
-        triton_moe_second.second([h], [experts.w2], experts.b2, plan, y, second_tiles(facts, width))
+        triton_moe_second.second([h], [stacked.w2], stacked.b2, plan, y, second_tiles(facts, width))
         triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
     return out, kept
 
 
 def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
     """`moe_cpu.backward`; `into` holds contiguous tensors, or views of such with the last two dimensions swapped."""
-    wanted = (into.z, *into.w1, into.w2, into.b1, into.b2, into.p)
     if ids.numel() == 0 or z.numel() == 0:
-        for gradient in wanted:
+        for gradient in (into.z, *into.w1, into.w2, into.b1, into.b2, into.p):
             if gradient is not None:
-                gradient.zero_()
+                _one(gradient).zero_()
         return
     with torch.cuda.device_of(z):
-        _backward(experts, _unit_rows(grad), _unit_rows(z), ids, p, kept, into)
+        _backward(Stacked.of(experts), _unit_rows(grad), _unit_rows(z), ids, p, kept, into)
 
 
-def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
+def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
     facts, spec, pairs = facts_of(experts, z, ids), experts.spec, ids.numel()
     inner, width = experts.w2.shape[2], z.shape[1]
     plan = Plan.of(ids, facts.experts, facts.height)
@@ -216,19 +240,25 @@ def _backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
     entered = Rows(z, by_token=True, weight=weights if scored else None)
     for gradient, part in zip(into.w1, parts, strict=True):
         if gradient is not None:
-            _outer(Rows(part), entered, plan, gradient, tiles)
+            _outer(Rows(part), entered, plan, _one(gradient), tiles)
     if into.w2 is not None and h is not None:
-        _outer(Rows(grad, by_token=True), Rows(h), plan, into.w2, tiles)
+        _outer(Rows(grad, by_token=True), Rows(h), plan, _one(into.w2), tiles)
     if into.b1 is not None:
         for index, part in enumerate(parts):
-            triton_moe_backward.sums(Rows(part), plan, into.b1[:, index * inner :][:, : part.shape[1]])
+            triton_moe_backward.sums(Rows(part), plan, _one(into.b1)[:, index * inner :][:, : part.shape[1]])
     if into.b2 is not None:
         rows = Rows(grad, by_token=True, weight=weights if spec.score == "output" else None)
-        triton_moe_backward.sums(rows, plan, into.b2)
+        triton_moe_backward.sums(rows, plan, _one(into.b2))
+
+
+def _one(gradient: PerExpert) -> Tensor:
+    """A gradient of stacked weights, which is one tensor."""
+    assert isinstance(gradient, Tensor)
+    return gradient
 
 
 def _first(
-    experts: Experts, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
+    experts: Stacked, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
 ) -> None:
     """The first product and the hidden rows, where wanted."""
     tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
@@ -248,7 +278,7 @@ def _share(pairs: int, width: int, tile: Tile, like: Tensor) -> Tensor:
     return torch.empty((pairs, triton.cdiv(width, tile.keys)), dtype=torch.float32, device=like.device)
 
 
-def facts_of(experts: Experts, z: Tensor, ids: Tensor) -> Facts:
+def facts_of(experts: Stacked, z: Tensor, ids: Tensor) -> Facts:
     """Raises NotImplementedError where no kernel takes the dtype."""
     if z.dtype not in DTYPES:
         raise NotImplementedError(
