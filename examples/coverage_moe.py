@@ -87,7 +87,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "DbrxConfig",
         {"hidden_size": None, "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
          "num_key_value_heads": None, "max_position_embeddings": None, "d_model": 48, "n_heads": 4, "n_layers": 2,
-         "max_seq_len": 64, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+         "max_seq_len": 64, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
          "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 48}},
     ),
     "jetmoe": (

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import logging
 import statistics
 import time
 import warnings
@@ -82,6 +83,7 @@ def main() -> None:
     if arguments.scale < 1 or 1024 % arguments.scale:
         parser.error(f"--scale must divide 1024; got {arguments.scale}")
     warnings.filterwarnings("ignore")
+    logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)  # Inductor alone breaks float32 training into pieces
     layer = build(arguments.scale).to(device, dtype)
     size = sum(x.numel() for x in layer.parameters())
     print(f"{size / 1e6:.1f} M parameters, {dtype} on {device}, {torch.get_num_threads()} thread(s)")

@@ -262,8 +262,9 @@ def _fit(
             target = expert(rows)
         except Exception:  # a user's module on rows of ours: that it fails only means "not this width"
             return None
-        if not isinstance(target, Tensor) or target.shape != rows.shape or not target.isfinite().all():
+        if not isinstance(target, Tensor) or target.numel() != rows.numel() or not target.isfinite().all():
             return None
+        target = target.reshape(rows.shape)  # some modules put an axis of size 1 between tokens and width
         for first, last in _roles(matrices, width):
             outputs = sum(_matrix(matrices, weight).shape[0] for weight in first)
             inner = _matrix(matrices, last).shape[1]

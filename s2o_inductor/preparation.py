@@ -117,7 +117,10 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
         if entry is not None:
             entries.append(entry)
             log.info("%s %s: %s", entry.status, name, entry.reason or entry.formula)
-    return Preparation(tuple(reversed(entries)))
+    # What lies inside a prepared module is not called any more: that it could not be prepared itself is no news.
+    inside = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _SWAPPED in vars(module))
+    kept = [entry for entry in entries if entry.status == "prepared" or not entry.where.startswith(inside)]
+    return Preparation(tuple(reversed(kept)))
 
 
 def restore(model: nn.Module) -> int:

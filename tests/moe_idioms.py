@@ -203,20 +203,31 @@ class _Folded(nn.Module):
     def __init__(self, width: int, inner: int, experts: int) -> None:
         super().__init__()
         self.number, self.inner, self.width = experts, inner, width
-        for name in ("w1", "v1", "w2"):
-            self.register_parameter(name, nn.Parameter(0.3 * torch.randn(experts * inner, width)))
+        self.glu = _Matrices(width, inner, experts)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
+        batch, out = x.shape[0], torch.zeros_like(x)
         mask = F.one_hot(ids, self.number).permute(2, 1, 0)
-        w1, v1, w2 = (w.view(self.number, self.inner, self.width) for w in (self.w1, self.v1, self.w2))
+        w1, v1, w2 = (w.view(self.number, self.inner, self.width) for w in self.glu.parameters())
         for number in range(self.number):
             slot, token = torch.where(mask[number])
             if token.shape[0] == 0:
                 continue
-            h = F.gelu(x[token] @ w1[number].T) * (x[token] @ v1[number].T)
-            out.index_add_(0, token, (h @ w2[number]) * weights[token, slot, None])
-        return out
+            out.index_add_(
+                0, token, self.glu(x[token], w1[number], v1[number], w2[number]) * weights[token, slot, None]
+            )
+        return out.view(batch, -1, self.width)
+
+
+class _Matrices(nn.Module):
+    def __init__(self, width: int, inner: int, experts: int) -> None:
+        super().__init__()
+        self.number = experts
+        for name in ("w1", "v1", "w2"):
+            self.register_parameter(name, nn.Parameter(0.3 * torch.randn(experts * inner, width)))
+
+    def forward(self, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> Tensor:
+        return (F.gelu(x @ w1.T) * (x @ v1.T)) @ w2
 
 
 class InputScaled(Separate):
