@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import fractions
 import json
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from bench_dense import measure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -61,22 +61,6 @@ def check() -> None:
     if not error < 1e-2 or not torch.equal(found.pairs, found.visible):
         raise SystemExit(f"sparse attention that reads everything is off by {error:.2e}")
     print(f"relative error with everything read: {error:.2e}")
-
-
-def measure(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
-    """Median device time in milliseconds, after two warm-up runs."""
-    times: list[float] = []
-    for i in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(end))
-            if sum(times) > budget_ms and len(times) >= 3:
-                break
-    return statistics.median(times)
 
 
 def dense_times(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
