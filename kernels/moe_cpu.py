@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2o_inductor.kernels.moe_routing import Experts as Experts  # callers find it here
-from s2o_inductor.kernels.moe_routing import PerExpert, Routing, part, wide
+from s2o_inductor.kernels.moe_routing import Experts as Experts  # these two are part of what callers import
+from s2o_inductor.kernels.moe_routing import PerExpert as PerExpert
+from s2o_inductor.kernels.moe_routing import Routing, part, wide
 from s2o_inductor.moe_spec import ExpertSpec
 
 
