@@ -112,7 +112,7 @@ def _impl(
     z: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     ids: Tensor, p: Tensor, spec: str, keep: bool, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from s2o_inductor.kernels import moe_cpu
+    from s2o_inductor.kernels import moe_cpu, moe_routing
 
     formula = parse(spec)
     _check(z, w1, w2, w3, b1, b2, ids, p, formula)
@@ -123,14 +123,14 @@ def _impl(
         return found
     if site and observed.get(site) is None:
         observed[site] = ("cpu-grouped", "")
-    return moe_cpu.forward(moe_cpu.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None), z, ids, p, keep)
+    return moe_cpu.forward(moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None), z, ids, p, keep)
 
 
 def _backward_impl(
     grad: Tensor, z: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], b1: list[Tensor],
     b2: list[Tensor], ids: Tensor, p: Tensor, kept: Tensor, spec: str,
 ) -> tuple[Any, ...]:  # fmt: skip
-    from s2o_inductor.kernels import moe_cpu
+    from s2o_inductor.kernels import moe_cpu, moe_routing
 
     formula = parse(spec)
     if z.device.type != "cpu":
@@ -142,9 +142,9 @@ def _backward_impl(
         return (dz, *parts, dp)
     found = _gradients(z, w1, w2, w3, b1, b2, p)
     first = [found[1], *([found[3]] if w3 else [])]
-    turned = [moe_cpu.flipped(x) if formula.transposed else x for x in (*first, found[2])]
+    turned = [moe_routing.flipped(x) if formula.transposed else x for x in (*first, found[2])]
     moe_cpu.backward(
-        moe_cpu.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None), grad, z, ids, p, kept,
+        moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None), grad, z, ids, p, kept,
         moe_cpu.Gradients(found[0], tuple(turned[:-1]), turned[-1], found[4] or None, found[5] or None, found[6]),
     )  # fmt: skip
     return found

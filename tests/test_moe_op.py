@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2o_inductor.kernels import moe_cpu, reference_moe
+from s2o_inductor.kernels import moe_cpu, moe_routing, reference_moe
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec, parse
 from s2o_inductor.testing import assert_close_to_gold
@@ -205,7 +205,7 @@ def test_renaming_experts_and_reordering_tokens_changes_nothing_else() -> None:
 
 
 def test_many_experts_share_blocks_and_a_large_one_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_cpu, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(moe_routing, "BLOCK_ELEMENTS", 64)
     ids = torch.tensor([[0, 1], [0, 2], [0, 3], [0, 4], [0, 1]])
     blocks = list(moe_cpu.Routing.of(ids, 6).blocks(columns=16))
     assert [rows for rows, _ in blocks] == [slice(0, 5), slice(5, 9), slice(9, 10)]
