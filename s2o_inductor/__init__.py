@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from s2o_inductor.backend import explain, install, uninstall
     from s2o_inductor.calibration import calibrate
     from s2o_inductor.config import S2OConfig
-    from s2o_inductor.preparation import prepare, restore
+    from s2o_inductor.loops.preparation import prepare, restore
     from s2o_inductor.report import Report, last_report
 
 _HOME = {
@@ -29,8 +29,8 @@ _HOME = {
     "explain": "backend",
     "install": "backend",
     "last_report": "report",
-    "prepare": "preparation",
-    "restore": "preparation",
+    "prepare": "loops.preparation",
+    "restore": "loops.preparation",
     "uninstall": "backend",
 }
 

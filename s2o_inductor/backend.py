@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2o_inductor import loop_breaks, report
+from s2o_inductor import report
 from s2o_inductor.config import S2OConfig, split_options
 from s2o_inductor.errors import S2OError, UnsupportedTorchError
+from s2o_inductor.loops import breaks
 
 log = logging.getLogger("s2o_inductor")
 OLDEST_TORCH = (2, 11)
@@ -230,7 +231,7 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
         with compiled_apart(model, config) as run:
             run(*args, **kwargs)
         module = model if isinstance(model, torch.nn.Module) else None
-        result = report.Report(graphs, loop_breaks.describe(loop_breaks.loop_breaks(start), module))
+        result = report.Report(graphs, breaks.describe(breaks.loop_breaks(start), module))
         result.settle()
     return result
 

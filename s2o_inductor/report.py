@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from s2o_inductor import loop_breaks, ops
+from s2o_inductor import ops
+from s2o_inductor.loops import breaks
 from s2o_inductor.mask_spec import MaskSpec, parse
 from s2o_inductor.passes.moe_sizes import PREPARED, experts_shape
 from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite
@@ -328,7 +329,7 @@ def last_report() -> Report:
     That reset knows of backends by name alone: what ``backend="inductor"`` compiled under
     `s2o_inductor.install` is kept.
     """
-    return Report(_graphs, loop_breaks.describe(loop_breaks.loop_breaks(_started)))
+    return Report(_graphs, breaks.describe(breaks.loop_breaks(_started)))
 
 
 def clear() -> None:

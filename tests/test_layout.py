@@ -29,12 +29,12 @@ LAYER_OF = {
     "s2o_inductor.config": "backend",
     "s2o_inductor.report": "backend",
     "s2o_inductor.calibration": "backend",
-    "s2o_inductor.preparation": "backend",
-    "s2o_inductor.module_check": "backend",
-    "s2o_inductor.loop_probe": "backend",
-    "s2o_inductor.loop_source": "backend",
-    "s2o_inductor.loop_breaks": "backend",
-    "s2o_inductor.expert_weights": "backend",
+    "s2o_inductor.loops.preparation": "backend",
+    "s2o_inductor.loops.comparison": "backend",
+    "s2o_inductor.loops.probe": "backend",
+    "s2o_inductor.loops.source": "backend",
+    "s2o_inductor.loops.breaks": "backend",
+    "s2o_inductor.loops.weights": "backend",
     "s2o_inductor.viz": "backend",
     "s2o_inductor.ops": "ops",
     "s2o_inductor.moe_ops": "ops",
@@ -122,7 +122,7 @@ def test_the_references_depend_on_torch_and_the_contracts_alone() -> None:
 
 
 def test_only_kernels_import_triton() -> None:
-    for folder in ("s2o_inductor", "passes"):
+    for folder in ("s2o_inductor", "s2o_inductor/loops", "passes"):
         for path in sources(folder):
             assert not [module for module, _ in imports(path) if module.split(".")[0] == "triton"], path.name
 
@@ -135,7 +135,7 @@ def test_our_modules_are_imported_by_their_full_name() -> None:
 
 
 def test_files_stay_readable() -> None:
-    files = [path for folder in ("s2o_inductor", "passes", "kernels") for path in sources(folder)] + native_sources()
+    files = [path for folder in ("s2o_inductor", "s2o_inductor/loops", "passes", "kernels") for path in sources(folder)] + native_sources()
     long = {path.name: count for path in files if (count := len(path.read_text().splitlines())) > 400}
     assert not long, f"longer than 400 lines: {long}"
 
@@ -248,8 +248,8 @@ def test_a_wheel_holds_plain_files_and_the_entry_point(tmp_path: Path) -> None:
         links = [info.filename for info in archive.infolist() if (info.external_attr >> 16) & 0o170000 == 0o120000]
         (entry,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     assert not links
-    for folder in ("passes", "kernels"):
-        assert {f"s2o_inductor/{folder}/{path.name}" for path in sources(folder)} <= names
+    for folder, at in (("passes", "passes"), ("kernels", "kernels"), ("s2o_inductor/loops", "loops")):
+        assert {f"s2o_inductor/{at}/{path.name}" for path in sources(folder)} <= names
     assert {f"s2o_inductor/kernels/{path.name}" for path in native_sources()} <= names
     assert "s2o_inductor/py.typed" in names
     assert not [name for name in names if name.split("/")[0] in ("passes", "kernels", "tests", "examples")]

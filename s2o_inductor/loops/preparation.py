@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2o_inductor import expert_weights, loop_probe, module_check
 from s2o_inductor.errors import S2OError
-from s2o_inductor.expert_weights import Experts, NotExperts
-from s2o_inductor.loop_probe import Found
-from s2o_inductor.loop_source import NoSource
-from s2o_inductor.module_check import Inputs
+from s2o_inductor.loops import comparison, probe, weights
+from s2o_inductor.loops.comparison import Inputs
+from s2o_inductor.loops.probe import Found
+from s2o_inductor.loops.source import NoSource
+from s2o_inductor.loops.weights import Experts, NotExperts
 from s2o_inductor.moe_ops import is_routed
 from s2o_inductor.passes import verify
 from s2o_inductor.passes.moe_sizes import PREPARED
@@ -135,7 +135,7 @@ def restore(model: nn.Module) -> int:
 def _may_hold_experts(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch."):
         return False  # also a bare nn.ModuleList: the code that loops over it is its parent's
-    return any(True for _ in expert_weights.containers(module)) or bool(expert_weights.stacked_numbers(module))
+    return any(True for _ in weights.containers(module)) or bool(weights.stacked_numbers(module))
 
 
 def _record(model: nn.Module, sample: Any, modules: list[nn.Module]) -> dict[nn.Module, list[Inputs]]:
@@ -195,7 +195,7 @@ class _Module:
     module: nn.Module
 
     def prepare(self, given: list[Inputs]) -> Entry | None:
-        runs = [run for run in given or list(self._random_inputs()) if module_check.runs(self.module, run)]
+        runs = [run for run in given or list(self._random_inputs()) if comparison.runs(self.module, run)]
         if not runs:
             raise NoSource("it does not run on random hidden states; give prepare a sample of the model's inputs")
         modes = [mode for mode in (self.module.training, not self.module.training) if self._loops(runs[0], mode)]
@@ -204,7 +204,7 @@ class _Module:
         device = next(self.module.parameters()).device
         if not is_routed(device):
             raise NotExperts(f"no {device.type.upper()} kernel for experts in this version")
-        if any(name in vars(self.module) for name in loop_probe.methods(self.module)):
+        if any(name in vars(self.module) for name in probe.methods(self.module)):
             raise NotExperts("another program has replaced a method of it")
         if any(type(x) not in (nn.Parameter, Tensor) for x in self.module.parameters()):
             raise NotExperts("its parameters are of a class of their own, such as sharded or quantised ones")
@@ -223,8 +223,8 @@ class _Module:
     def _loops(self, run: Inputs, training: bool) -> bool:
         self.module.train(training)
         with torch.no_grad():
-            return module_check.runs(self.module, run) and loop_probe.depends_on_data(
-                lambda: module_check.call(self.module, run)
+            return comparison.runs(self.module, run) and probe.depends_on_data(
+                lambda: comparison.call(self.module, run)
             )
 
     def _random_inputs(self) -> Iterator[Inputs]:
@@ -232,9 +232,9 @@ class _Module:
         parameter = next(self.module.parameters())
         sizes = dict.fromkeys(size for x in self.module.parameters() for size in x.shape[-2:] if x.dim() > 1)
         numbers = [
-            *(len(expert_weights.members(expert_weights.at(self.module, path)))
-              for path in expert_weights.containers(self.module)),
-            *expert_weights.stacked_numbers(self.module),
+            *(len(weights.members(weights.at(self.module, path)))
+              for path in weights.containers(self.module)),
+            *weights.stacked_numbers(self.module),
         ]  # fmt: skip
         generator = torch.Generator().manual_seed(0)
 
@@ -257,19 +257,19 @@ class _Module:
             NotExperts, NoSource: what stands in the way.
         """
         small = sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
-        subject = module_check.in_double(self.module) if small else self.module
+        subject = comparison.in_double(self.module) if small else self.module
         subject.train(training)
-        run = module_check.cast(run, torch.float64) if small else run
-        paths = list(expert_weights.containers(self.module))
+        run = comparison.cast(run, torch.float64) if small else run
+        paths = list(weights.containers(self.module))
         reason: Exception = NotExperts("its parameters are not the experts of a loop")
         readers: list[Callable[[], Experts]] = [
-            *(functools.partial(expert_weights.read_container, self.module, path) for path in paths),
-            *(functools.partial(self._read_stacked, run, n) for n in expert_weights.stacked_numbers(self.module)),
+            *(functools.partial(weights.read_container, self.module, path) for path in paths),
+            *(functools.partial(self._read_stacked, run, n) for n in weights.stacked_numbers(self.module)),
         ]
         for read in readers:
             try:
                 experts = read()
-                return experts, loop_probe.probe(subject, experts, lambda: module_check.call(subject, run))
+                return experts, probe.probe(subject, experts, lambda: comparison.call(subject, run))
             except (NotExperts, NoSource) as error:
                 reason = error
         raise reason
@@ -279,7 +279,7 @@ class _Module:
         if len(args) != 3:
             raise NotExperts("its experts are stacked, and it does not take tokens, expert numbers and weights")
         kept = min(number, 4)
-        few = module_check.in_double(self.module, stacked=(number, kept))
+        few = comparison.in_double(self.module, stacked=(number, kept))
         names = list(run[1]) if run[1] else None
 
         def first_expert(owner: nn.Module, rows: Tensor) -> Any:
@@ -287,28 +287,26 @@ class _Module:
             given = [rows, *(rows.new_ones(choice.shape) if x.is_floating_point() else choice for x in args[1:])]
             return owner(*given) if names is None else owner(**dict(zip(names, given, strict=True)))
 
-        return expert_weights.read_stacked(few, number, kept, first_expert, args[0].shape[-1])
+        return weights.read_stacked(few, number, kept, first_expert, args[0].shape[-1])
 
     def _swap(self, found: Sequence[tuple[Found, Experts]], run: Inputs, modes: Sequence[bool]) -> Entry:
         small = sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
-        gold_of = module_check.in_double(self.module) if small else None
-        cases = [(case, mode) for mode in modes for case in module_check.variants(run)]
+        gold_of = comparison.in_double(self.module) if small else None
+        cases = [(case, mode) for mode in modes for case in comparison.variants(run)]
         expected = []
         for case, mode in cases:
             gold = None
             if gold_of is not None:
-                gold = module_check.results(gold_of, module_check.cast(case, torch.float64), mode)
-            expected.append((module_check.results(self.module, case, mode), gold))
+                gold = comparison.results(gold_of, comparison.cast(case, torch.float64), mode)
+            expected.append((comparison.results(self.module, case, mode), gold))
         outcome = verify.Outcome(False, "")
         for detached in (False, True):
             for one, experts in found:
                 roles = dataclasses.replace(one.roles, detached=detached)
-                changed = loop_probe.replacement(
-                    dataclasses.replace(one, roles=roles), experts, f"{self.where}{PREPARED}"
-                )
+                changed = probe.replacement(dataclasses.replace(one, roles=roles), experts, f"{self.where}{PREPARED}")
                 vars(self.module)[one.method] = types.MethodType(changed, self.module)
             try:
-                outcome = module_check.compare([module_check.results(self.module, *case) for case in cases], expected)
+                outcome = comparison.compare([comparison.results(self.module, *case) for case in cases], expected)
             except Exception as error:  # a user's code, changed by us: any failure means "not proved"
                 outcome = verify.Outcome(False, f"{type(error).__name__}: {error}")
             if outcome.passed:

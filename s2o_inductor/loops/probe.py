@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2o_inductor import loop_source
-from s2o_inductor.expert_weights import Experts
-from s2o_inductor.loop_source import NoSource
-from s2o_inductor.module_check import close
+from s2o_inductor.loops import source
+from s2o_inductor.loops.comparison import close
+from s2o_inductor.loops.source import NoSource
+from s2o_inductor.loops.weights import Experts
 from s2o_inductor.moe_spec import Score
 
 
@@ -153,7 +153,7 @@ def watching(owner: nn.Module, reasons: list[str]) -> Iterator[tuple[list[_Unit]
     watched = []
     for name, function in functions.items():
         try:
-            changed = loop_source.watched(function, *_notes(name, units))
+            changed = source.watched(function, *_notes(name, units))
         except NoSource as error:
             reasons.append(str(error))
             continue
@@ -291,10 +291,10 @@ def replacement(found: Found, experts: Experts, site: str) -> Any:
                 y = routed(owner, *values)
                 return y if roles.flat else y.view(values[0].shape)
 
-        return loop_source.as_one_call(found.function, whole, roles.names)
+        return source.as_one_call(found.function, whole, roles.names)
 
     def step(owner: nn.Module, result: Tensor, *values: Tensor) -> Tensor:
         y = routed(owner, *values).reshape(result.shape).to(result.dtype)
         return result + y if roles.adds else y
 
-    return loop_source.without_loop(found.function, found.loop, step, roles.result, roles.names)
+    return source.without_loop(found.function, found.loop, step, roles.result, roles.names)
