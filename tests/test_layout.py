@@ -135,7 +135,9 @@ def test_our_modules_are_imported_by_their_full_name() -> None:
 
 
 def test_files_stay_readable() -> None:
-    files = [path for folder in ("s2o_inductor", "s2o_inductor/loops", "passes", "kernels") for path in sources(folder)] + native_sources()
+    files = [
+        path for folder in ("s2o_inductor", "s2o_inductor/loops", "passes", "kernels") for path in sources(folder)
+    ] + native_sources()
     long = {path.name: count for path in files if (count := len(path.read_text().splitlines())) > 400}
     assert not long, f"longer than 400 lines: {long}"
 
