@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2o_inductor.kernels import reference_sparse
 from s2o_inductor.kernels.reference_sparse import Sparse
-from s2o_inductor.kernels.tail_groups import Groups
+from s2o_inductor.kernels.tail_groups import Groups, groups_within
 from s2o_inductor.sparse_policy import Geometry
 from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
 
@@ -115,7 +115,7 @@ class SparseProblem:
                             q[b, head * group : (head + 1) * group, rows], k[b, head, low:high], self.factor,
                             self.geometry, of, hidden,
                         )
-                        for of in (reference_sparse._within(groups, slice(low, high), self.geometry), None)
+                        for of in (groups_within(groups, slice(low, high), self.geometry), None)
                     )  # fmt: skip
                     shown = ~hidden.unflatten(0, (-1, run)).all(dim=1)
                     ranked, count = int(shown.sum()), int(listed[b, head, t])
