@@ -226,18 +226,21 @@ inline const float* Ranker::score_keys(const Prefix& prefix, const Groups& group
   return score + (prefix.low - first * kKeys);
 }
 
-// The mean over the keys of each run that may be seen, up to a factor; 0 where there are none.
+// The largest score of each run's keys, 0 for keys that may not be seen, or half that of a run beside it if that is more.
+// A run without keys that may be seen is not ordered, and what it has here does not matter.
 inline const float* Ranker::score_runs(const Prefix& prefix, const float* keys, int64_t run) {
   const int64_t runs = (prefix.high - prefix.low) / run;
   float* score = run_score_.of(runs);
   for (int64_t r = 0; r < runs; ++r) {
-    float sum = 0.0f;
-    for (int64_t j = r * run; j < (r + 1) * run; ++j) sum += keys[j];
-    score[r] = sum;
-    if (!prefix.allowed) continue;
-    int64_t count = 0;
-    for (int64_t j = r * run; j < (r + 1) * run; ++j) count += prefix.shows(prefix.low + j);
-    score[r] /= static_cast<float>(std::max<int64_t>(count, 1));
+    float most = 0.0f;
+    for (int64_t j = r * run; j < (r + 1) * run; ++j) most = std::max(most, keys[j]);
+    score[r] = most;
+  }
+  float before = 0.0f;
+  for (int64_t r = 0; r < runs; ++r) {
+    const float own = score[r], after = r + 1 < runs ? score[r + 1] : 0.0f;
+    score[r] = std::max(own, 0.5f * std::max(before, after));
+    before = own;
   }
   return score;
 }

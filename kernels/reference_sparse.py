@@ -62,9 +62,11 @@ def run_scores(
 
     The tile is cut into `sub_means` parts of rows (fewer where it is short). For the mean query of each, a key's share
     of the softmax over the prefix is compared with the share of one key of its group: a key that is like its group
-    loses nothing if the group stands in for it, so what counts is how far the two lie apart. The score of a run is the
-    mean of that distance over its visible keys, over parts and over the heads in `q`. The mass of the prefix, which
-    shares are of, is that of its groups. Without groups a key's score is its share.
+    loses nothing if the group stands in for it, so what counts is how far the two lie apart. Means over parts and over
+    the heads in `q` are taken; the score of a run is the largest of its visible keys, or half the score of a run
+    beside it if that is more: what a heavy key is to tell often stands just behind it, and the end of a run must not
+    cut it off. The mass of the prefix, which shares are of, is that of its groups. Without groups a key's score is
+    its share.
 
     Args:
         q: (G, R, D), the queries of a tile; all G heads share the order.
@@ -89,8 +91,10 @@ def run_scores(
         total = of_groups.logsumexp(dim=1, keepdim=True)
         share = (of_groups - size.to(q.dtype).log() - total).exp()
         apart = ((logits - total).exp() - share[:, groups.member]).abs()
-    score = apart.mean(dim=0).masked_fill(~shown, 0.0).unflatten(0, (-1, geometry.run)).sum(dim=1)
-    return score / shown.unflatten(0, (-1, geometry.run)).sum(dim=1).clamp(min=1)
+    score = apart.mean(dim=0).masked_fill(~shown, 0.0).unflatten(0, (-1, geometry.run)).amax(dim=1)
+    beside = torch.nn.functional.pad(score, (1, 1))
+    score = score.maximum(beside[:-2].maximum(beside[2:]) / 2)
+    return score.masked_fill(~shown.unflatten(0, (-1, geometry.run)).any(dim=1), 0.0)
 
 
 def run_order(scores: Tensor, run: int, hidden: Tensor | None = None) -> Tensor:

@@ -213,16 +213,15 @@ def _scores_kernel(
             products = tl.dot(means, k.T, input_precision="ieee")
             apart = tl.abs(tl.exp2(products * scale2 - shift[:, None]) - expected)
             run = at // RUN + tl.arange(0, BN // RUN)
-            size = tl.full((BN // RUN,), RUN, tl.int32)
             if KEYS:
                 key = at + tl.arange(0, BN)
                 allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
                 apart = tl.where(allowed[None, :], apart, 0.0)
-                size = tl.sum(allowed.to(tl.int32).reshape(BN // RUN, RUN), 1)
-            sums = tl.sum(apart.reshape(BM, BN // RUN, RUN), 2)
-            sums = tl.sum(sums.reshape(GROUPED, MEANS, BN // RUN), 1)
-            number = bins_of(sums / tl.maximum(size, 1).to(tl.float32)[None, :])
-            number = tl.where((size > 0)[None, :], number, HIDDEN_BIN)
+            of_keys = tl.sum(apart.reshape(GROUPED, MEANS, BN), 1)
+            number = bins_of(tl.max(of_keys.reshape(GROUPED, BN // RUN, RUN), 2))
+            if KEYS:
+                seen = tl.max(allowed.to(tl.int32).reshape(BN // RUN, RUN), 1) > 0
+                number = tl.where(seen[None, :], number, HIDDEN_BIN)
             inside = (run[None, :] * RUN >= low[:, None]) & (run[None, :] * RUN < tl.minimum(high, end)[:, None])
             tl.store(to[:, None] + run[None, :], number.to(tl.uint8), mask=inside)
 

@@ -16,6 +16,7 @@ HIDDEN_BIN = tl.constexpr(255)  # not a run of the prefix, or not to be seen
 # A positive float32 shifted right by this leaves its exponent and three bits of its mantissa: eight bins to a factor
 # of two, of even width inside it. 255 of them reach from 2^9, as groups can make too little of the mass, to 2^-23.
 _BIN_SHIFT = tl.constexpr(20)
+_HALF = tl.constexpr(8)
 _FIRST_BIN = tl.constexpr((127 + 8) * 8)
 # Runs of the segments that programs share a prefix out in.
 SEGMENT = tl.constexpr(2048)
@@ -33,12 +34,19 @@ def _load_bins(
     bins_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tile0, count, base, room,
     TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """The bins (SEGMENT,) of one segment of a row, HIDDEN_BIN outside the tile's prefix, where nothing was written."""
+    """The bins (SEGMENT,) of one segment of a row, HIDDEN_BIN outside the tile's prefix, where nothing was written.
+
+    A run counts at least half of what a run beside it counts: half a score is eight bins further, exactly.
+    """
     tile = tile0 + (row % count).to(tl.int32)
     _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
     at = segment * SEGMENT + tl.arange(0, SEGMENT)
-    inside = (at >= (low - base) // RUN) & (at < (high - base) // RUN)
-    return tl.load(bins_ptr + row * room + at, mask=inside, other=HIDDEN_BIN).to(tl.int32)
+    first, last = (low - base) // RUN, (high - base) // RUN
+    bins = bins_ptr + row * room + at
+    own = tl.load(bins, mask=(at >= first) & (at < last), other=HIDDEN_BIN).to(tl.int32)
+    before = tl.load(bins - 1, mask=(at > first) & (at <= last), other=HIDDEN_BIN).to(tl.int32)
+    after = tl.load(bins + 1, mask=(at + 1 >= first) & (at + 1 < last), other=HIDDEN_BIN).to(tl.int32)
+    return tl.where(own == HIDDEN_BIN, own, tl.minimum(own, tl.minimum(before, after) + _HALF))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
