@@ -12,8 +12,8 @@
 
 namespace s2o {
 
-// The keys of a block with their values, zeros where they are hidden, `allowed` null or which of them are not, and where
-// its groups go: `first` is the number of the first of them.
+// The keys of a block with their values, zeros where they are hidden, `allowed` null or which of them are not, and
+// where its groups go: `first` is the number of the first of them.
 struct Block {
   const float *k, *v;
   int64_t k_stride, v_stride;

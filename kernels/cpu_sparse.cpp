@@ -193,8 +193,8 @@ void Worker::average(int64_t parts, float* mean) const {
     }
 }
 
-// Whether the tile can be expected to read so much of its prefix, `total` keys that may be seen, that it had better read
-// all of it.
+// Whether the tile can be expected to read so much of its prefix, `total` keys that may be seen, that it had better
+// read all of it.
 bool Worker::expects_all(const Prefix& prefix, int64_t total) {
   const int64_t parts = std::min(kVoters, rows_);
   average(parts, means_.of(group_ * parts * p_.width));

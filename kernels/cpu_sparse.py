@@ -180,17 +180,7 @@ class _Native:
             window=window or 0,
             **{
                 name: getattr(geometry, name)
-                for name in (
-                    "tile",
-                    "sink",
-                    "bundle",
-                    "horizon",
-                    "sub_means",
-                    "run",
-                    "block",
-                    "rounds",
-                    "clusters",
-                )
+                for name in ("tile", "sink", "bundle", "horizon", "sub_means", "run", "block", "rounds", "clusters")
             },
             threads=torch.get_num_threads(),
             scale=scale,
