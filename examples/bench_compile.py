@@ -66,13 +66,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--backends", nargs="+", default=["inductor", "s2o"])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.layers, arguments.tokens, arguments.train)
         return
     print(f"Llama, {arguments.layers} layers, {arguments.tokens} tokens, {'train' if arguments.train else 'eval'}")
-    for backend in ("inductor", "s2o"):
+    for backend in arguments.backends:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("cold", "warm"):
                 figures = run(backend, cache, arguments)

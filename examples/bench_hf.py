@@ -5,7 +5,9 @@
 Builds transformers' LlamaModel in the shape of Llama-3.1-8B with a few layers, random weights,
 bfloat16, and measures every side on the same inputs: median time, peak memory, time of the first
 call (compilation included) and the difference from eager. Batches above 1 are padded: sequences of
-different length, half of them padded on the left. A side that runs out of memory says so.
+different length, half of them padded on the left. A side that runs out of memory says so. `--sparse` adds s2o
+under a budget, with the density of what it read: with random weights attention is nearly flat, so cap it with
+max_density, and take the time for that of a model whose attention is as sparse as that.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SIDES = ("eager", "inductor", "s2o")
+SIDES = ("eager", "inductor", "s2o", "s2o sparse")
 
 
 def llama(layers: int) -> nn.Module:
@@ -58,10 +60,13 @@ def inputs(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def side(model: nn.Module, name: str) -> Callable[..., Any]:
-    """The model as one side runs it; the only difference is the backend's name."""
+def side(model: nn.Module, name: str, sparse: dict[str, Any]) -> Callable[..., Any]:
+    """The model as one side runs it; the only difference is the backend's name, and its options where it is sparse."""
     torch._dynamo.reset()
-    return model if name == "eager" else torch.compile(model, backend=name, dynamic=False)
+    if name == "eager":
+        return model
+    options = sparse if name == "s2o sparse" else None
+    return torch.compile(model, backend=name.split()[0], dynamic=False, options=options)
 
 
 def steps(run: Callable[..., Any], model: nn.Module, batch: dict[str, Tensor], train: bool) -> Callable[[], Tensor]:
@@ -114,26 +119,29 @@ def measure(step: Callable[[], Tensor], seconds: float, seen: Tensor | None) -> 
     return figures, kept.flatten()[:: max(1, kept.numel() // 2**22)].float().cpu()
 
 
-def compare(batch: dict[str, Tensor], model: nn.Module, train: bool, seconds: float) -> Iterator[dict[str, Any]]:
-    """One record per side on one workload; differences are relative to eager, in the Frobenius norm."""
+def compare(
+    batch: dict[str, Tensor], model: nn.Module, train: bool, seconds: float, sides: list[str], sparse: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One record per side on one workload; differences are relative to the first, in the Frobenius norm."""
     expected: Tensor | None = None
     model.train(train)
-    for name in SIDES:
+    for name in sides:
         record: dict[str, Any] = {"side": name}
         try:
             seen = None if train else batch.get("attention_mask")
-            figures, result = measure(steps(side(model, name), model, batch, train), seconds, seen)
+            figures, result = measure(steps(side(model, name, sparse), model, batch, train), seconds, seen)
             expected = result if expected is None else expected
             record |= figures | {"difference": ((result - expected).norm() / expected.norm()).item()}
         except torch.OutOfMemoryError as error:
             record["failed"] = f"out of memory: {str(error).split('. ')[1] if '. ' in str(error) else error}"
-        if name == "s2o":
+        if name.startswith("s2o"):
             import s2o_inductor
 
             report = s2o_inductor.last_report()
             report.settle()
             record["sites"] = [f"{' & '.join(site.mask)} -> {site.route}" for site in report.sites]
             record["pass_s"] = report.seconds
+            record["density"] = [site.reading and round(site.reading.density, 3) for site in report.sites]
         model.zero_grad(set_to_none=True)
         torch._dynamo.reset()
         yield record
@@ -146,10 +154,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, nargs="*", default=[4096])
     parser.add_argument("--batch", type=int, nargs="*", default=[1])
     parser.add_argument("--seconds", type=float, default=0.7, help="timed seconds per side and workload")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:3]))
+    parser.add_argument("--sparse", type=json.loads, default={}, help="options as JSON, such as '{\"min_seq\": 32768}'")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
+    if ("s2o sparse" in arguments.sides) != bool(arguments.sparse):
+        parser.error("the side 's2o sparse' and --sparse go together")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers, bfloat16")
     model = llama(arguments.layers)
     records: list[dict[str, Any]] = []
@@ -157,7 +169,8 @@ def main() -> None:
         for length in lengths:
             for batch in arguments.batch:
                 workload = {"what": "train" if train else "forward", "batch": batch, "tokens": length}
-                for record in compare(inputs(batch, length), model, train, arguments.seconds):
+                workloads = (inputs(batch, length), model, train, arguments.seconds)
+                for record in compare(*workloads, arguments.sides, arguments.sparse):
                     records.append(workload | record)
                     print(json.dumps(records[-1]), flush=True)
                     if arguments.json:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sparse_quality import PseudoKeys, Selection, Tile, built, clusters, runs
+from sparse_quality import GEOMETRY, PseudoKeys, Selection, Tile, built, built_tile, clusters, make_tile, runs
 from torch import Tensor
 
+from s2o_inductor.kernels.reference_sparse import run_scores
+from s2o_inductor.kernels.tail_groups import tail_groups
 from s2o_inductor.sparse_policy import Geometry
 
 BLOCK = 128  # keys per block of the block methods
@@ -40,7 +42,7 @@ def _edges(tile: Tile) -> Tensor:
     return torch.stack([tile.sink_k.mean(dim=0), tile.own_k.mean(dim=0)])
 
 
-def _top_p(shares: Tensor, knobs: Sequence[float], tokens: Tensor | None = None) -> Selection:
+def top_p(shares: Tensor, knobs: Sequence[float], tokens: Tensor | None = None) -> Selection:
     """The fewest blocks whose shares reach each knob, those that are read anyway counted, as the publications do.
 
     Args:
@@ -56,21 +58,21 @@ def _top_p(shares: Tensor, knobs: Sequence[float], tokens: Tensor | None = None)
 
 def _by_blocks(scores: Tensor, taken: Tensor, tokens: Tensor | None = None) -> Selection:
     order = scores.argsort(dim=1, descending=True, stable=True)
-    at = (order[..., None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    at = (order[..., None] * BLOCK + torch.arange(BLOCK, device=order.device)).flatten(1)
     return Selection(at if tokens is None else tokens.gather(1, at), BLOCK, taken)
 
 
 def block_mean(tile: Tile, knobs: Sequence[float]) -> Selection:
     """Mean query against the mean key of each block, softmax, top-p."""
     keys = torch.cat([_edges(tile), _means(tile.k, BLOCK)])
-    return _top_p((tile.q.mean(dim=1) @ keys.T).softmax(dim=1), knobs)
+    return top_p((tile.q.mean(dim=1) @ keys.T).softmax(dim=1), knobs)
 
 
 def block_oracle(tile: Tile, knobs: Sequence[float]) -> Selection:
     """The true attention mass of each block, mean over the rows, top-p: what no block method can beat."""
     mass = true_mass(tile).unflatten(1, (-1, BLOCK)).sum(dim=2)
     rest = 1 - mass.sum(dim=1, keepdim=True)
-    return _top_p(torch.cat([rest, torch.zeros_like(rest), mass], dim=1), knobs)
+    return top_p(torch.cat([rest, torch.zeros_like(rest), mass], dim=1), knobs)
 
 
 def pbs(tile: Tile, knobs: Sequence[float], segment: int = 2 * BLOCK, whole: bool = True) -> Selection:
@@ -86,14 +88,23 @@ def pbs(tile: Tile, knobs: Sequence[float], segment: int = 2 * BLOCK, whole: boo
         whole: the blocks that are read anyway take part in the softmax, as in the paper; without them the sum is
             over the prefix alone, which spends more on heads that look at sinks.
     """
-    importance = (tile.last_q @ tile.k.T).softmax(dim=2).mean(dim=1)
-    order = importance.argsort(dim=1, descending=True, stable=True)
-    of_segment = (order + tile.sink_k.shape[0]) // segment
-    order = order.gather(1, of_segment.argsort(dim=1, stable=True))
+    order = segment_order(importance_of(tile.last_q, tile.k), tile.sink_k.shape[0], segment)
     query = tile.q.mean(dim=1)
     scores = torch.stack([_means(tile.k[o], BLOCK) @ x for o, x in zip(order, query, strict=True)])
     edges = query @ _edges(tile).T if whole else torch.full((query.shape[0], 2), -math.inf)
-    return _top_p(torch.cat([edges, scores], dim=1).softmax(dim=1), knobs, order)
+    return top_p(torch.cat([edges, scores], dim=1).softmax(dim=1), knobs, order)
+
+
+def importance_of(last_q: Tensor, k: Tensor) -> Tensor:
+    """(G, N): PBS-Attn's importance of keys (N, D), their mean softmax over the last queries (G, L, D), scaled."""
+    return (last_q @ k.T).softmax(dim=2).mean(dim=1)
+
+
+def segment_order(importance: Tensor, first: int, segment: int = 2 * BLOCK) -> Tensor:
+    """int64 (G, N): keys at positions from `first` on by falling importance inside segments of positions."""
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    of_segment = (order + first) // segment
+    return order.gather(1, of_segment.argsort(dim=1, stable=True))
 
 
 def xattention(tile: Tile, knobs: Sequence[float], stride: int = 8) -> Selection:
@@ -101,7 +112,7 @@ def xattention(tile: Tile, knobs: Sequence[float], stride: int = 8) -> Selection
     keys = torch.cat([tile.sink_k[:BLOCK], tile.own_k, tile.k])
     q, k = (x.unflatten(-2, (-1, stride)) for x in (tile.q, keys))
     patches = torch.einsum("gasd,bsd->gab", q, k.flip(1)) / stride
-    return _top_p(patches.softmax(dim=2).mean(dim=1).unflatten(1, (-1, BLOCK // stride)).sum(dim=2), knobs)
+    return top_p(patches.softmax(dim=2).mean(dim=1).unflatten(1, (-1, BLOCK // stride)).sum(dim=2), knobs)
 
 
 def flash_prefill(tile: Tile, knobs: Sequence[float]) -> Selection:
@@ -129,11 +140,21 @@ def represented(tile: Tile, count: int = 8, smoothing: int = 9, share: bool = Tr
         share: one score for all heads of the group.
         sampled: the middle row of each of `count` runs of rows represents it, not the mean of its rows.
     """
-    parts = tile.q.unflatten(1, (count, -1))
+    parts = tile.order_q.unflatten(1, (count, -1))
     rows = parts[:, :, parts.shape[2] // 2] if sampled else parts.mean(dim=2)
     scores = (rows @ tile.k.T).softmax(dim=2).mean(dim=1)
-    scores = scores.mean(dim=0, keepdim=True) if share else scores
-    return F.avg_pool1d(scores[:, None], smoothing, 1, smoothing // 2, count_include_pad=False)[:, 0]
+    return smooth(scores.mean(dim=0, keepdim=True) if share else scores, smoothing)
+
+
+def smooth(scores: Tensor, neighbours: int) -> Tensor:
+    """Moving average of (G, N) over an odd number of neighbours, fewer at the ends."""
+    return F.avg_pool1d(scores[:, None], neighbours, 1, neighbours // 2, count_include_pad=False)[:, 0]
+
+
+def built_score(tile: Tile, geometry: Geometry = GEOMETRY) -> Tensor:
+    """(1, N): the kernels' score, by its definition; all keys of a run share it."""
+    groups = tail_groups(tile.k, tile.v, None, geometry)
+    return run_scores(tile.order_q, tile.k, 1.0, geometry, groups, None).repeat_interleave(geometry.run)[None]
 
 
 def by_tokens(
@@ -214,6 +235,7 @@ class Method:
         knobs: its thresholds.
         tail: makes what stands in for the rest; None drops it.
         scoring: rows of scores against every token of the prefix that the selection costs per tile and head.
+        tile: makes the tiles it is measured on, where they are not those of everybody else.
         oracle: it looks at the exact attention, so that it is a bound and not a method.
     """
 
@@ -221,6 +243,7 @@ class Method:
     knobs: Sequence[float]
     tail: Callable[[Tile], PseudoKeys] | None = None
     scoring: float = 0.0
+    tile: Callable[..., Tile] = make_tile
     oracle: bool = False
 
 
@@ -233,7 +256,8 @@ _POOLED = functools.partial(runs, pool=64, exact=True)
 _SECOND = functools.partial(runs, pool=64, limit=3.0)
 _CLUSTERS = functools.partial(clusters, block=1024, per_block=32)
 
-_AS_BUILT = functools.partial(by_tokens, score=represented, rule="tail", horizon=Geometry().horizon)
+_BUILT_COST = GEOMETRY.sub_means * (1 + GEOMETRY.clusters / GEOMETRY.block)
+_AS_BUILT = functools.partial(by_tokens, score=built_score, rule="tail", horizon=GEOMETRY.horizon)
 
 METHODS: dict[str, Method] = {
     "PBS-Attn": Method(pbs, SHARES),
@@ -246,7 +270,7 @@ METHODS: dict[str, Method] = {
     "S2O, tail dropped": Method(_tokens(), BUDGETS, scoring=8),
     "S2O, pooled by 64": Method(_tokens(), BUDGETS, _POOLED, scoring=8),
     "S2O, pooled by 64, second order": Method(_tokens(), BUDGETS, _SECOND, scoring=8),
-    "S2O, as built": Method(_AS_BUILT, BUDGETS, built, scoring=8),
+    "S2O, as built": Method(_AS_BUILT, BUDGETS, built, scoring=_BUILT_COST, tile=built_tile),
     "S2O, clusters": Method(_tokens(), BUDGETS, _CLUSTERS, scoring=8),
     "S2O, clusters, rms rule": Method(_tokens("tail_rms"), BUDGETS, _CLUSTERS, scoring=8),
     "token oracle, tail dropped": Method(_ORACLE, BUDGETS, oracle=True),

@@ -21,6 +21,7 @@ from s2o_inductor.kernels.tail_groups import tail_groups
 from s2o_inductor.sparse_policy import Geometry
 
 ROWS = 128  # query positions of a tile
+GEOMETRY = Geometry()
 FLOOR = 1e-6  # relative squared error of rounding an output to bfloat16; nobody gains from less
 
 
@@ -36,13 +37,15 @@ class Tile:
         k: (N, D).
         v: (N, Dv).
         sink_k: (sink, D), the keys before the prefix.
-        own_k: (R, D), the keys of the tile's own positions.
+        own_k: (O, D), the keys behind the prefix, from the tile's first position on unless it shares its order.
         last_q: (G, L, D), the last queries of the sequence, scaled: what PBS-Attn ranks keys with.
+        order_q: (G, R', D), scaled: the queries that the order is made for, those of the tile or of several.
         weights: (G, N, R), exp(score - peak).
         peak: (G, R), each row's largest score.
         dense_mass: (G, R), sum of exp(score - peak) over the keys that every method reads.
         dense_sum: (G, R, Dv), the same times values.
         exact: (G, R, Dv), dense attention.
+        dense_pairs: visible (row, key) pairs of one head outside the prefix.
     """
 
     q: Tensor
@@ -51,17 +54,13 @@ class Tile:
     sink_k: Tensor
     own_k: Tensor
     last_q: Tensor
+    order_q: Tensor
     weights: Tensor
     peak: Tensor
     dense_mass: Tensor
     dense_sum: Tensor
     exact: Tensor
-
-    @property
-    def dense_pairs(self) -> int:
-        """Visible (row, key) pairs of one head outside the prefix."""
-        rows = self.q.shape[1]
-        return rows * self.sink_k.shape[0] + rows * (rows + 1) // 2
+    dense_pairs: int
 
     @property
     def visible_pairs(self) -> int:
@@ -69,7 +68,10 @@ class Tile:
         return self.dense_pairs + self.q.shape[1] * self.k.shape[0]
 
 
-def make_tile(q: Tensor, k: Tensor, v: Tensor, start: int, sink: int = 128, rows: int = ROWS, last: int = 128) -> Tile:
+def make_tile(
+    q: Tensor, k: Tensor, v: Tensor, start: int, sink: int = 128, rows: int = ROWS, last: int = 128, shared: int = 1,
+    at: Tensor | None = None,
+) -> Tile:  # fmt: skip
     """The tile at positions [start, start + rows) of heads that share a key/value head.
 
     Args:
@@ -80,16 +82,26 @@ def make_tile(q: Tensor, k: Tensor, v: Tensor, start: int, sink: int = 128, rows
         sink: keys at the start that are read densely.
         rows: query positions.
         last: queries at the end of the sequence to keep.
+        shared: tiles, aligned to as many, that share one order: the prefix ends where the first of them starts.
+        at: int64 (G, rows), positions inside those tiles of the queries of each head, which then have an order of
+            their own; None is [start, start + rows).
 
     Raises:
         ValueError: the tile does not fit.
     """
-    if not sink < start <= k.shape[0] - rows:
-        raise ValueError(f"a tile starts past {sink} sinks and ends inside {k.shape[0]} keys; got {start}")
+    first = start // (shared * rows) * shared * rows
+    end = first + shared * rows
+    if not sink < first <= end <= k.shape[0]:
+        raise ValueError(
+            f"a tile, or {shared} that share an order, start past {sink} sinks and end inside {k.shape[0]} keys; "
+            f"got {first} to {end}"
+        )
     q, k, v = q * q.shape[-1] ** -0.5, k.float(), v.float()
-    mine, last_q = q[:, start : start + rows].float(), q[:, -last:].float()
-    prefix, own = slice(sink, start), slice(start, start + rows)
-    future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    own_at = torch.arange(start, start + rows).expand(q.shape[0], -1) if at is None else at
+    mine = q.gather(1, own_at[..., None].expand(-1, -1, q.shape[2])).float()
+    order_q = q[:, first:end].float() if at is None else mine
+    prefix, own = slice(sink, first), slice(first, int(own_at.max()) + 1)
+    future = torch.arange(own.start, own.stop) > own_at[..., None]
     read = torch.cat([mine @ k[:sink].T, (mine @ k[own].T).masked_fill(future, -math.inf)], dim=2)
     scores = torch.einsum("nd,grd->gnr", k[prefix], mine)
     peak = torch.maximum(scores.amax(dim=1), read.amax(dim=2))
@@ -97,9 +109,17 @@ def make_tile(q: Tensor, k: Tensor, v: Tensor, start: int, sink: int = 128, rows
     dense_mass, dense_sum = read.sum(dim=2), read @ torch.cat([v[:sink], v[own]])
     exact = dense_sum + weights.transpose(1, 2) @ v[prefix]
     exact /= (dense_mass + weights.sum(dim=1))[..., None]
+    pairs = rows * sink + int((own_at + 1 - first).sum()) // q.shape[0]
     return Tile(
-        mine, k[prefix], v[prefix], k[:sink], k[own], last_q, weights, peak, dense_mass, dense_sum, exact
+        mine, k[prefix], v[prefix], k[:sink], k[own], q[:, -last:].float(), order_q, weights, peak, dense_mass,
+        dense_sum, exact, pairs,
     )  # fmt: skip
+
+
+def built_tile(q: Tensor, k: Tensor, v: Tensor, start: int, rows: int = ROWS, geometry: Geometry = GEOMETRY) -> Tile:
+    """The tile as the kernels cut it: their sinks, and a prefix of whole blocks; what lies behind is read densely."""
+    at = torch.arange(start, start + rows).expand(q.shape[0], -1)
+    return make_tile(q, k, v, start, geometry.sink, rows, shared=max(geometry.block // rows, 1), at=at)
 
 
 # ---------------------------------------------------------------- the tail
@@ -196,27 +216,29 @@ def clusters(
     for low, high, size in spans:
         if low < high:
             label = (
-                _k_means(features[low - sink : high - sink], size, max(1, per_block * size // block), rounds) + groups
+                k_means(features[low - sink : high - sink], size, max(1, per_block * size // block), rounds) + groups
             )
             groups = int(label.max()) + 1
             labels.append(label)
     return _pseudo_keys(torch.cat(labels), tile.k, tile.v, limit)
 
 
-def built(tile: Tile) -> PseudoKeys:
-    """The pseudo-keys of the kernels: `tail_groups` with the default geometry.
+def built(tile: Tile, geometry: Geometry = GEOMETRY) -> PseudoKeys:
+    """The pseudo-keys of the kernels: `tail_groups`.
 
     Raises:
-        ValueError: the sinks are not whole blocks.
+        ValueError: the sinks or the prefix are not whole blocks.
     """
-    geometry = Geometry()
-    if tile.sink_k.shape[0] % geometry.block:
-        raise ValueError(f"blocks of {geometry.block} positions need sinks in whole blocks; got {tile.sink_k.shape[0]}")
+    if tile.sink_k.shape[0] % geometry.block or tile.k.shape[0] % geometry.block:
+        raise ValueError(
+            f"sinks and a prefix must be whole blocks of {geometry.block} positions; "
+            f"got {tile.sink_k.shape[0]} and {tile.k.shape[0]}"
+        )
     groups = tail_groups(tile.k, tile.v, None, geometry)
     return PseudoKeys(groups.member, groups.k, groups.v, groups.variance, geometry.limit)
 
 
-def _k_means(x: Tensor, block: int, count: int, rounds: int) -> Tensor:
+def k_means(x: Tensor, block: int, count: int, rounds: int) -> Tensor:
     """int64 (N,), the cluster of each row of x (N, F), numbered block by block; N is a multiple of `block`."""
     x = x.unflatten(0, (-1, block))
     seeds = ((torch.arange(count) + 0.5) * block / count).long()
@@ -285,22 +307,33 @@ def evaluate(tile: Tile, selection: Selection, tail: PseudoKeys | None = None) -
 # ---------------------------------------------------------------- curves
 
 
-def sample_starts(length: int, tiles: int, seed: int) -> list[int]:
-    """One random tile in each of `tiles` equal ranges of a sequence, none in the first 1,024 positions."""
+def sample_starts(length: int, tiles: int, seed: int, consecutive: int = 1) -> list[int]:
+    """One random tile in each of `tiles` equal ranges of a sequence, none in the first 1,024 positions.
+
+    With `consecutive` it is that many tiles in a row, the first at a multiple of as many.
+    """
     generator = torch.Generator().manual_seed(seed)
-    edges = torch.linspace(1024 // ROWS, length // ROWS, tiles + 1).long().tolist()
-    return [ROWS * int(torch.randint(low, high, (), generator=generator)) for low, high in itertools.pairwise(edges)]
+    size = ROWS * consecutive
+    edges = torch.linspace(-(-1024 // size), length // size, tiles + 1).long().tolist()
+    runs = [int(torch.randint(low, high, (), generator=generator)) for low, high in itertools.pairwise(edges)]
+    return [run * size + i * ROWS for run in runs for i in range(consecutive)]
 
 
-def tiles_of(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], sink: int = 128
-) -> Iterator[tuple[int, int, Tile]]:
-    """(first query head, start, tile) for every key/value head and start of q (Hq, S, D), k and v (Hkv, S, D)."""
+def groups_of(
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]
+) -> Iterator[tuple[int, int, tuple[Tensor, Tensor, Tensor]]]:
+    """(first query head, start, operands of `make_tile`) for every key/value head and start.
+
+    Args:
+        q: (Hq, S, D).
+        k: (Hkv, S, D).
+        v: (Hkv, S, Dv).
+        starts: of tiles.
+    """
     group = q.shape[0] // k.shape[0]
     for head in range(k.shape[0]):
         for start in starts:
-            mine = slice(head * group, (head + 1) * group)
-            yield head * group, start, make_tile(q[mine], k[head], v[head], start, sink)
+            yield head * group, start, (q[head * group : (head + 1) * group], k[head], v[head])
 
 
 @dataclass(frozen=True)

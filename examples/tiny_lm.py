@@ -132,6 +132,10 @@ class TinyLM(nn.Module):
         Returns:
             (B, S, 256) logits in the dtype of the weights.
         """
+        return F.linear(self.hidden(tokens, attention_mask), self.embedding.weight)
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the output head reads, (B, S, width), for the arguments of `forward`."""
         config, positions = self.config, torch.arange(tokens.shape[1], device=tokens.device)
         steps = torch.arange(0, config.head_dim, 2, device=tokens.device, dtype=torch.float32) / config.head_dim
         angles = positions.float()[:, None] * config.rope_theta**-steps
@@ -142,7 +146,8 @@ class TinyLM(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, cos, sin, mask)
-        return F.linear(self.norm(x), self.embedding.weight)
+        out: Tensor = self.norm(x)
+        return out
 
 
 # ---------------------------------------------------------------- checkpoint

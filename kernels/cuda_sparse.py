@@ -37,7 +37,7 @@ _EXACT = -1.0
 
 
 def attend_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
-    """Ways to run the attention kernel, fastest first. The first is a probe's; tune with examples/bench_sparse_gpu.py.
+    """Ways to run the attention kernel, fastest first on an H100: `examples/bench.py attention --sweep`.
 
     Args:
         dtype: of q, k and v.

@@ -21,7 +21,11 @@ UNSPECIALIZED = [
     # Of the sparse kernels: positions and tiles, places in their tables, and the density as a fraction.
     "window", "sink", "first_tile", "tile0", "count", "tiles", "base", "room", "places", "segments", "blocks",
     "groups", "numerator", "denominator",
+    # Of routed experts: choices in all.
+    "pairs",
 ]  # fmt: skip
+_UNSPECIALIZED = frozenset(UNSPECIALIZED)
+_SIMPLE = frozenset((int, bool, str, type(None)))
 # What heads that run side by side read should stay in the L2 cache of a data-centre GPU.
 _CACHED_BYTES = 32 << 20
 
@@ -245,12 +249,14 @@ def launch(
 
 def _kind(name: str, value: Any) -> Any:
     """What Triton's choice of a compiled kernel may depend on in one argument, or more."""
+    if type(value) in _SIMPLE:  # most are, and every launch asks for all
+        return None if name in _UNSPECIALIZED else value
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     if isinstance(value, tuple):
         return tuple((x if x in (0, 1) else 2, x % 16 == 0, x < 1 << 31) for x in value)
-    if isinstance(value, float) or name in UNSPECIALIZED:
+    if isinstance(value, float) or name in _UNSPECIALIZED:
         return None
     return value

@@ -9,7 +9,8 @@ token's choices are made in the order of k, so results do not depend on the numb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +22,48 @@ from s2o_inductor.moe_spec import ExpertSpec
 BLOCK_ELEMENTS = 2**18
 
 
+# What each expert has of its own: a tensor whose first axis is the expert, or one tensor per expert.
+PerExpert: TypeAlias = Tensor | Sequence[Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The weights of one call, as (E, out, in) views, and its formula.
+    """The weights of one call, each (out, in), and its formula.
 
     Attributes:
         w1: the first products of a row: one matrix per expert, or two with gate "separate".
     """
 
     spec: ExpertSpec
-    w1: tuple[Tensor, ...]
-    w2: Tensor
-    b1: Tensor | None
-    b2: Tensor | None
+    w1: tuple[PerExpert, ...]
+    w2: PerExpert
+    b1: PerExpert | None
+    b2: PerExpert | None
 
     @classmethod
     def of(
-        cls, spec: ExpertSpec, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None
-    ) -> Experts:
-        first: tuple[Tensor, ...] = (w1,) if w3 is None else (w1, w3)
+        cls, spec: ExpertSpec, w1: PerExpert, w2: PerExpert, w3: PerExpert | None, b1: PerExpert | None,
+        b2: PerExpert | None,
+    ) -> Experts:  # fmt: skip
+        first: tuple[PerExpert, ...] = (w1,) if w3 is None else (w1, w3)
         if spec.transposed:
-            first, w2 = tuple(w.mT for w in first), w2.mT
+            first, w2 = tuple(map(flipped, first)), flipped(w2)
         return cls(spec, first, w2, b1, b2)
+
+    @property
+    def number(self) -> int:
+        """How many experts there are."""
+        return self.w2.shape[0] if isinstance(self.w2, Tensor) else len(self.w2)
 
     @property
     def columns(self) -> int:
         """Columns of the first product."""
-        return sum(w.shape[1] for w in self.w1)
+        return sum(w[0].shape[0] for w in self.w1)
+
+
+def flipped(weights: PerExpert) -> PerExpert:
+    """Each expert's matrix as its transpose, a view."""
+    return weights.mT if isinstance(weights, Tensor) else [w.mT for w in weights]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +124,15 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
     """The output (T, l), and the first products by sorted position if they are to be kept, else none of them.
 
     Args:
-        experts: weights (E, ..., l).
+        experts: their weights.
         z: (T, l).
         ids: (T, K).
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
-    routing = Routing.of(ids, experts.w2.shape[0])
+    if not keep and ids.numel() and (ids.shape[0] == 1 or 4 * ids.numel() <= experts.number):
+        return _few(experts, z, ids, p), z.new_empty(0, experts.columns)
+    routing = Routing.of(ids, experts.number)
     kept = torch.empty(ids.numel() if keep else 0, experts.columns, dtype=z.dtype)
     y = torch.empty(ids.numel(), z.shape[1], dtype=z.dtype)
     y[routing.routed :] = 0.0
@@ -122,7 +140,6 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         kept[routing.routed :] = 0.0
     score = experts.spec.score
     weights = p.reshape(-1, 1).to(wide(z.dtype))
-    bias = experts.b2
     for rows, parts in routing.blocks(experts.columns):
         order = routing.order[rows]
         x = z.index_select(0, order // routing.choices)
@@ -132,13 +149,42 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         h = hidden(pre, experts.spec)
         if score == "hidden":
             h = h * weights[order]
-        h, out = h.to(z.dtype), y[rows]
-        for expert, at in parts:
-            if bias is None:
-                torch.mm(h[at], experts.w2[expert].t(), out=out[at])
-            else:
-                torch.addmm(bias[expert], h[at], experts.w2[expert].t(), out=out[at])
+        _second(experts, h.to(z.dtype), parts, y[rows])
     return _combine(y, routing, weights if score == "output" else None, z), kept
+
+
+def _few(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor:
+    """`forward` for a decoding step: choices as they come, since hardly any two share an expert.
+
+    With one row per product, sorting and gathering would take as long as the products.
+    """
+    choices = ids.shape[1]
+    weights = p.reshape(-1, 1).to(wide(z.dtype))
+    x = z if ids.shape[0] == 1 else z.repeat_interleave(choices, dim=0)
+    if experts.spec.score == "input":
+        x = (x.to(weights.dtype) * weights).to(z.dtype)
+    chosen, number = ids.reshape(-1).tolist(), experts.number
+    parts = [(expert, slice(row, row + 1)) for row, expert in enumerate(chosen) if 0 <= expert < number]
+    pre = z.new_empty(ids.numel(), experts.columns)
+    y = z.new_empty(ids.numel(), z.shape[1])
+    if len(parts) < len(chosen):
+        pre.zero_()
+        y.zero_()
+    _first(experts, x.expand(ids.numel(), -1), parts, pre)
+    h = hidden(pre, experts.spec)
+    h = (h * weights if experts.spec.score == "hidden" else h).to(z.dtype)
+    _second(experts, h, parts, y)
+    place = torch.arange(ids.numel())
+    return _combine(y, Routing(choices, place, place, []), weights if experts.spec.score == "output" else None, z)
+
+
+def _second(experts: Experts, h: Tensor, parts: list[tuple[int, slice]], out: Tensor) -> None:
+    """The second products of the hidden rows of a block."""
+    for expert, at in parts:
+        if experts.b2 is None:
+            torch.mm(h[at], experts.w2[expert].t(), out=out[at])
+        else:
+            torch.addmm(experts.b2[expert], h[at], experts.w2[expert].t(), out=out[at])
 
 
 def _first(experts: Experts, x: Tensor, parts: list[tuple[int, slice]], out: Tensor | None) -> Tensor:
@@ -147,13 +193,13 @@ def _first(experts: Experts, x: Tensor, parts: list[tuple[int, slice]], out: Ten
         out = torch.empty(x.shape[0], experts.columns, dtype=x.dtype)
     start = 0
     for weight in experts.w1:
-        width = weight.shape[1]
+        width = weight[0].shape[0]
         columns = out[:, start : start + width]
         for expert, at in parts:
             if experts.b1 is None:
                 torch.mm(x[at], weight[expert].t(), out=columns[at])
             else:
-                torch.addmm(experts.b1[expert, start : start + width], x[at], weight[expert].t(), out=columns[at])
+                torch.addmm(experts.b1[expert][start : start + width], x[at], weight[expert].t(), out=columns[at])
         start += width
     return out
 
@@ -247,10 +293,10 @@ class Gradients:
     """Where a backward pass writes; None for what nobody wants. Shapes and layouts are those of the operands."""
 
     z: Tensor | None
-    w1: tuple[Tensor | None, ...]
-    w2: Tensor | None
-    b1: Tensor | None
-    b2: Tensor | None
+    w1: tuple[PerExpert | None, ...]
+    w2: PerExpert | None
+    b1: PerExpert | None
+    b2: PerExpert | None
     p: Tensor | None
 
 
@@ -264,9 +310,9 @@ def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, 
         ids: as in `forward`.
         p: as in `forward`.
         kept: the first products that `forward` stored, or an empty tensor to compute them again.
-        into: its weights are (E, out, in) views.
+        into: its weights are (out, in) views per expert.
     """
-    routing, spec = Routing.of(ids, experts.w2.shape[0]), experts.spec
+    routing, spec = Routing.of(ids, experts.number), experts.spec
     _zero_idle_experts(routing, into)
     weights = p.reshape(-1, 1).to(wide(z.dtype))
     grad_p = torch.zeros(ids.numel(), dtype=weights.dtype)
@@ -311,16 +357,16 @@ def _zero_idle_experts(routing: Routing, into: Gradients) -> None:
 def _first_backward(experts: Experts, dpre: Tensor, parts: list[tuple[int, slice]], out: Tensor) -> Tensor:
     """Gradient of the rows that entered the first product."""
     if out.shape[0] != dpre.shape[0]:
-        out = torch.empty(dpre.shape[0], experts.w1[0].shape[2], dtype=dpre.dtype)
+        out = torch.empty(dpre.shape[0], experts.w1[0][0].shape[1], dtype=dpre.dtype)
     start = 0
     for weight in experts.w1:
-        columns = dpre[:, start : start + weight.shape[1]]
+        columns = dpre[:, start : start + weight[0].shape[0]]
         for expert, at in parts:
             if start == 0:
                 torch.mm(columns[at], weight[expert], out=out[at])
             else:
                 out[at].addmm_(columns[at], weight[expert])
-        start += weight.shape[1]
+        start += weight[0].shape[0]
     return out
 
 
@@ -330,9 +376,10 @@ def _weights_backward(
     for expert, at in parts:
         start = 0
         for weight, gradient in zip(experts.w1, into.w1, strict=True):
+            width = weight[0].shape[0]
             if gradient is not None:
-                torch.mm(dpre[at, start : start + weight.shape[1]].t(), x[at], out=gradient[expert])
-            start += weight.shape[1]
+                torch.mm(dpre[at, start : start + width].t(), x[at], out=gradient[expert])
+            start += width
         if into.w2 is not None:
             torch.mm(dy[at].t(), h[at], out=into.w2[expert])
         if into.b1 is not None:
@@ -350,4 +397,4 @@ def _second_bias_backward(
         if weighted:
             grad_p[order[at]] += wide_dy @ experts.b2[expert].to(grad_p.dtype)
         if into.b2 is not None:
-            into.b2[expert] = (wide_dy * weight[at] if weighted else wide_dy).sum(dim=0)
+            into.b2[expert].copy_((wide_dy * weight[at] if weighted else wide_dy).sum(dim=0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import torch
@@ -22,10 +22,11 @@ from s2o_inductor.moe_spec import Activation, ExpertSpec
 from s2o_inductor.passes import verify
 from s2o_inductor.passes.flow import Flow
 from s2o_inductor.passes.graph_utils import Refusal, dtype_of, fake, op_name, shape_of
+from s2o_inductor.passes.moe_products import read_bias
 
 _ROWS = 8
 # What acts on every row alone, along its last axis at most.
-_ROWWISE = frozenset(
+ROWWISE = frozenset(
     ("add", "sub", "mul", "div", "neg", "pow", "square", "abs", "exp", "tanh", "sigmoid", "erf", "silu", "gelu", "relu",
      "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "rsub", "masked_fill", "chunk", "split", "getitem",
      "unsqueeze", "squeeze", "contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "quick_gelu")
@@ -77,19 +78,17 @@ def read_activation(flow: Flow, first: list[fx.Node], last: fx.Node, rows: fx.No
 
 
 def _placed(x: Tensor, node: fx.Node) -> Tensor:
-    """Rows in the shape of a product: batched ones have an axis of size 1."""
+    """Rows in the shape of a product: batched ones have an axis of size 1, or one of tokens or choices."""
     shape = shape_of(node)
     if len(shape) == 2:
         return x.clone()
-    return x.clone().unsqueeze(1) if shape[1] == 1 else x.clone().unsqueeze(2)
+    return x.clone().unsqueeze(2) if shape[2] == 1 != shape[1] else x.clone().unsqueeze(1)
 
 
 def _collect(
     flow: Flow, first: list[fx.Node], last: fx.Node, rows: fx.Node
 ) -> tuple[list[fx.Node], dict[fx.Node, Any], fx.Node | None, tuple[fx.Node, fx.Node] | None]:
     """The nodes in between, neutral values for what else they read, the bias, and the routing weights."""
-    from s2o_inductor.passes.moe import read_bias
-
     inside: set[fx.Node] = set()
     given: dict[fx.Node, Any] = {}
     bias: fx.Node | None = None
@@ -100,7 +99,7 @@ def _collect(
         node = pending.pop()
         if node in inside or node in first:
             continue
-        if op_name(node) not in _ROWWISE:
+        if op_name(node) not in ROWWISE:
             raise Refusal(f"'{op_name(node) or node.name}' stands between the experts' products")
         inside.add(node)
         for source in node.all_input_nodes:
@@ -157,6 +156,17 @@ def _candidates(nodes: list[fx.Node], products: int, narrow: bool) -> Iterator[t
 
     for node in nodes:
         fx.node.map_aggregate((node.args, dict(node.kwargs)), note)
+    return formulas(constants, products, narrow)
+
+
+def formulas(constants: Iterable[float], products: int, narrow: bool) -> Iterator[tuple[ExpertSpec, bool]]:
+    """Every formula with some of these constants, the simplest first, and whether the second product is the gate.
+
+    Args:
+        constants: positive numbers that may be slope, bound or shift.
+        products: first products of an expert, one or two.
+        narrow: one first product is as wide as the hidden rows: there is no gate.
+    """
     found = sorted(constants)
     alphas, shifts = ([start, *(one for one in found if one != start)] for start in (1.0, 0.0))
     limits: list[float | None] = [None, *found]

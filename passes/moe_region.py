@@ -26,7 +26,7 @@ def region_of(flow: Flow, output: fx.Node, operands: set[fx.Node]) -> tuple[fx.N
         if node.op in ("placeholder", "get_attr"):
             raise Refusal(f"the experts read '{node.name}', which is neither token, weight nor routing")
         region.add(node)
-        for source in node.all_input_nodes:
+        for source in _read(node):
             value = flow.read(node, source)
             if value is None and fake(source) is not None:
                 # Torn: an indexed assignment fills a buffer of the site itself.
@@ -46,6 +46,13 @@ def region_of(flow: Flow, output: fx.Node, operands: set[fx.Node]) -> tuple[fx.N
     if product_of_sizes(shape_of(output)) == 0:
         raise Refusal("there are no tokens")
     return tuple(sorted(region, key=flow.position.__getitem__))
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The inputs of which a node reads values, not dtype and shape alone."""
+    if op_name(node) in ("zeros_like", "empty_like"):
+        return []
+    return list(node.all_input_nodes[:1] if op_name(node) == "type_as" else node.all_input_nodes)
 
 
 def _scalar(node: fx.Node) -> object:

@@ -24,7 +24,18 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from s2o_inductor import mask_spec
 from s2o_inductor.config import S2OConfig
 from s2o_inductor.errors import DeclinedError, VerificationError
-from s2o_inductor.passes import attention, masks, mha, moe, moe_verify, rewrite, sparsify, verify, verify_mask
+from s2o_inductor.passes import (
+    attention,
+    masks,
+    mha,
+    moe,
+    moe_sizes,
+    moe_verify,
+    rewrite,
+    sparsify,
+    verify,
+    verify_mask,
+)
 from s2o_inductor.passes.graph_utils import Refusal
 from s2o_inductor.passes.records import AttentionSite, Declined, Recorder, Site
 
@@ -41,6 +52,8 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, config: S2OConfig, recorder: Record
         # several call sites may share.
         if isinstance(module, fx.GraphModule) and id(module.graph) not in seen:
             seen.add(id(module.graph))
+            for name, shape in moe_sizes.prepared_experts(module.graph):
+                recorder.prepared(name, shape)
             _rewrite_attention(module, config, recorder, names)
             _rewrite_experts(module, config, recorder, names)
     recorder.spent("stage 1", time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 from torch import fx
@@ -78,10 +79,12 @@ class ExpertsSite:
 
     Attributes:
         where: module path or source line of the site.
-        output: (T, l), the node that the op replaces.
+        output: (T, l) or, like the layer's input, (B, S, l): the node that the op replaces.
         region: every node that computes only this site, output included.
         tokens: (T, l); w1, w2, ids (T, K), weights (T, K), w3, b1 and b2 as in `s2o::moe_experts`.
         spec: the formula of an expert.
+        dense: weights are (T, E), zero but for the choices.
+        base: what the weighted sum is added to, (T, l).
     """
 
     where: str
@@ -96,6 +99,8 @@ class ExpertsSite:
     w3: fx.Node | None = None
     b1: fx.Node | None = None
     b2: fx.Node | None = None
+    dense: bool = False
+    base: fx.Node | None = None
 
     def operands(self) -> tuple[fx.Node | None, ...]:
         """In the order of the op's schema."""
@@ -121,6 +126,9 @@ class Recorder(Protocol):
 
     def rewrote(self, site: Site, name: str, verified: str) -> None:
         """A site became an op that carries `name`."""
+
+    def prepared(self, name: str, shape: Mapping[str, Any]) -> None:
+        """The graph calls experts that `s2o_inductor.prepare` put there."""
 
     def declined(self, refusal: Declined) -> None:
         """A candidate stays as it is."""

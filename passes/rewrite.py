@@ -68,18 +68,29 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
     keep = output.meta["example_value"].requires_grad
     with graph.inserting_before(output):
         operands = list(site.operands())
-        added = []
+        added: list[fx.Node] = []
+        if site.dense:
+            added.append(graph.call_method("gather", (site.weights, 1, site.ids)))
+            operands[-1] = added[-1]
         if site.tokens.meta["example_value"].dtype != computed:
-            operands[0] = graph.call_method("to", (site.tokens, computed))
-            added.append(operands[0])
+            added.append(graph.call_method("to", (site.tokens, computed)))
+            operands[0] = added[-1]
         pair = graph.call_function(MOE_EXPERTS, (*operands, site.spec.text(), keep, name))
         result = graph.call_function(operator.getitem, (pair, 0))
         added += [pair, result]
         if output.meta["example_value"].dtype != computed:
             result = graph.call_method("to", (result, output.meta["example_value"].dtype))
             added.append(result)
+        shape = output.meta["example_value"].shape
+        if len(shape) != 2:
+            # At most one size is symbolic: the finder has seen to that.
+            sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
+            result = graph.call_method("reshape", (result, sizes))
+            added.append(result)
+        if site.base is not None:
+            result = graph.call_function(torch.add, (site.base, result))
+            added.append(result)
     for node in added:
-        assert node is not None
         node.meta.update(_shared_meta(output))
     result.meta["example_value"] = output.meta["example_value"]
     output.replace_all_uses_with(result)
@@ -107,7 +118,7 @@ def follow(site: Site, moved: Mapping[fx.Node, fx.Node]) -> Site:
         return dataclasses.replace(
             site, q=now(site.q), k=now(site.k), v=now(site.v), masks=tuple(map(now, site.masks)), sinks=now(site.sinks)
         )
-    names = ("tokens", "w1", "w2", "ids", "weights", "w3", "b1", "b2")
+    names = ("tokens", "w1", "w2", "ids", "weights", "w3", "b1", "b2", "base")
     return dataclasses.replace(site, **{name: now(getattr(site, name)) for name in names})
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Report", "S2OConfig", "calibrate", "explain", "install", "last_report", "uninstall"]
+__all__ = [
+    "Report", "S2OConfig", "calibrate", "explain", "install", "last_report", "prepare", "restore", "uninstall",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from s2o_inductor.backend import explain, install, uninstall
     from s2o_inductor.calibration import calibrate
     from s2o_inductor.config import S2OConfig
+    from s2o_inductor.preparation import prepare, restore
     from s2o_inductor.report import Report, last_report
 
 _HOME = {
@@ -26,6 +29,8 @@ _HOME = {
     "explain": "backend",
     "install": "backend",
     "last_report": "report",
+    "prepare": "preparation",
+    "restore": "preparation",
     "uninstall": "backend",
 }
 

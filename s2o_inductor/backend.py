@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2o_inductor import report
+from s2o_inductor import loop_breaks, report
 from s2o_inductor.config import S2OConfig, split_options
 from s2o_inductor.errors import S2OError, UnsupportedTorchError
 
@@ -224,10 +225,12 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     """
     config, patches = split_options({**(options or {}), "inner": "aot_eager"}, None)
     del patches
+    start = time.time()
     with report.separate() as graphs:
         with compiled_apart(model, config) as run:
             run(*args, **kwargs)
-        result = report.Report(graphs)
+        module = model if isinstance(model, torch.nn.Module) else None
+        result = report.Report(graphs, loop_breaks.describe(loop_breaks.loop_breaks(start), module))
         result.settle()
     return result
 

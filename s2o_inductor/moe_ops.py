@@ -10,6 +10,7 @@ shapes, never from the routing: no host synchronisation, no data-dependent size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from s2o_inductor.ops import NAMESPACE, observed
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Device types that have kernels, and those on which passes put the operator in place of a model's own experts. CUDA
+# joins the latter when its kernels are measured to be no slower than what they replace.
+_DEVICES = ("cpu", "cuda")
+ROUTED_DEVICES = ("cpu",)
 _OPERANDS = "Tensor z, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor ids, Tensor p"
 
 torch.library.define(
@@ -43,7 +48,7 @@ def moe_experts(
     ids: Tensor,
     p: Tensor,
     *,
-    spec: ExpertSpec,
+    spec: ExpertSpec | str,
     w3: Tensor | None = None,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
@@ -63,7 +68,7 @@ def moe_experts(
         w2: (E, l, I).
         ids: (T, K), integers. A choice outside 0 ... E - 1 contributes nothing and gets no gradient.
         p: (T, K), floating point, routing weights; gradients to them are exact.
-        spec: the formula of an expert.
+        spec: the formula of an expert, or its text: code that torch.compile captures needs the latter.
         w3: (E, I, l), the up projection, exactly with gate "separate".
         b1: (E, halves * I).
         b2: (E, l).
@@ -76,13 +81,14 @@ def moe_experts(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        NotImplementedError: the device has no kernel.
+        NotImplementedError: the device has no kernel; CUDA has none for float64.
     """
     if keep is None:
         keep = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (z, w1, w2, w3, b1, b2, p)
         )  # fmt: skip
-    return torch.ops.s2o.moe_experts(z, w1, w2, w3, b1, b2, ids, p, spec.text(), keep, site)[0]
+    text = spec if isinstance(spec, str) else spec.text()
+    return torch.ops.s2o.moe_experts(z, w1, w2, w3, b1, b2, ids, p, text, keep, site)[0]
 
 
 def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:
@@ -95,9 +101,9 @@ def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:
     return moe_cpu.hidden(pre, spec)
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether `moe_experts` runs on a device in this version."""
-    return device.type == "cpu"
+def is_routed(device: torch.device) -> bool:
+    """Whether passes put `moe_experts` in place of a model's own experts on a device; see `ROUTED_DEVICES`."""
+    return device.type in ROUTED_DEVICES
 
 
 def check_operands(
@@ -151,8 +157,8 @@ def _impl(
     check_operands(z, w1, w2, w3, b1, b2, ids, p, formula)
     _need_kernel(z.device)
     if site and observed.get(site) is None:
-        observed[site] = ("cpu-grouped", "")
-    return moe_cpu.forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
+        observed[site] = ("triton" if z.is_cuda else "cpu-grouped", "")
+    return _kernels(z.device).forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
 
 
 def _backward_impl(
@@ -167,7 +173,7 @@ def _backward_impl(
     into = [x if needed and x.numel() else None for x, needed in zip(empty, wanted, strict=True)]
     weights = [x.mT if x is not None and formula.transposed else x for x in into[1:4]]
     first = (weights[0],) if w3 is None else (weights[0], weights[2])
-    moe_cpu.backward(
+    _kernels(z.device).backward(
         moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), grad, z, ids, p, kept,
         moe_cpu.Gradients(into[0], first, weights[1], into[4], into[5], into[6]),
     )  # fmt: skip
@@ -175,11 +181,22 @@ def _backward_impl(
 
 
 def _need_kernel(device: torch.device) -> None:
-    if not has_kernel(device):
+    if device.type not in _DEVICES:
         raise NotImplementedError(
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
             "(options={'disable': ['moe']})"
         )
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module whose `forward` and `backward` run on a device."""
+    from s2o_inductor.kernels import moe_cpu
+
+    if device.type != "cuda":
+        return moe_cpu
+    from s2o_inductor.kernels import cuda_moe
+
+    return cuda_moe
 
 
 def _gradients(

@@ -7,16 +7,18 @@ import dataclasses
 import itertools
 import json
 import logging
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from s2o_inductor import ops
+from s2o_inductor import loop_breaks, ops
 from s2o_inductor.mask_spec import MaskSpec, parse
+from s2o_inductor.passes.moe_sizes import PREPARED, experts_shape
 from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite
 
 log = logging.getLogger("s2o_inductor")
@@ -98,20 +100,7 @@ class Site:
     @classmethod
     def of_experts(cls, site: ExpertsSite, name: str, verified: str) -> Site:
         tokens, ids, w2 = (node.meta["example_value"] for node in (site.tokens, site.ids, site.w2))
-        names = ("tokens", "experts", "choices", "width", "inner")
-        sizes = (
-            tokens.shape[0],
-            w2.shape[0],
-            ids.shape[1],
-            tokens.shape[1],
-            w2.shape[1 if site.spec.transposed else 2],
-        )
-        shape: dict[str, Any] = {n: s if isinstance(s, int) else str(s) for n, s in zip(names, sizes, strict=True)}
-        shape |= {
-            "dtype": str(w2.dtype).removeprefix("torch."),
-            "device": w2.device.type,
-            "formula": site.spec.describe(),
-        }
+        shape = experts_shape(tokens, ids, w2.shape[0], w2, site.spec)
         return cls("moe", site.where, "rewritten", name=name, shape=shape, verified=verified)
 
     @classmethod
@@ -181,6 +170,10 @@ class GraphReport:
         found = Site.of_attention if isinstance(site, AttentionSite) else Site.of_experts
         self.sites.append(found(site, name, verified))  # type: ignore[arg-type]
 
+    def prepared(self, name: str, shape: Mapping[str, Any]) -> None:
+        where = name.removesuffix(PREPARED)
+        self.sites.append(Site("moe", where, "rewritten", name=name, shape=dict(shape), verified="by prepare"))
+
     def declined(self, refusal: Declined) -> None:
         self.sites.append(Site.of_declined(refusal))
 
@@ -207,10 +200,15 @@ class GraphReport:
 
 
 class Report:
-    """Everything that the backend decided since the last ``torch._dynamo.reset()``; prints as a table."""
+    """Everything that the backend decided since the last ``torch._dynamo.reset()``; prints as a table.
 
-    def __init__(self, graphs: list[GraphReport]) -> None:
+    Attributes:
+        hints: loops that stayed out of every graph, and what to do about them.
+    """
+
+    def __init__(self, graphs: list[GraphReport], hints: Sequence[str] = ()) -> None:
         self._graphs = list(graphs)
+        self.hints = list(hints)
 
     @property
     def sites(self) -> list[Site]:
@@ -235,10 +233,11 @@ class Report:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"sites": [...], "graph_breaks": [...], "graphs": n, "seconds": {...}}``, ready for JSON."""
+        """``{"sites": [...], "graph_breaks": [...], "hints": [...], "graphs": n, "seconds": {...}}``, for JSON."""
         return {
             "sites": [site.to_dict() for site in self.sites],
             "graph_breaks": self.graph_breaks,
+            "hints": self.hints,
             "graphs": len(self._graphs),
             "seconds": self.seconds,
         }
@@ -261,6 +260,7 @@ class Report:
         kept = dict.fromkeys(site["sparse_reason"] for site in sites if site["sparse_reason"])
         lines += [f"  exact although long: {reason}" for reason in kept]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]
+        lines += [f"  {hint}" for hint in self.hints]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -282,6 +282,7 @@ def _row(site: Site) -> tuple[str, ...]:
 
 
 _graphs: list[GraphReport] = []
+_started = 0.0  # of what `last_report` tells, in seconds of the epoch
 
 
 def _attempt() -> tuple[Any, Any]:
@@ -327,12 +328,14 @@ def last_report() -> Report:
     That reset knows of backends by name alone: what ``backend="inductor"`` compiled under
     `s2o_inductor.install` is kept.
     """
-    return Report(_graphs)
+    return Report(_graphs, loop_breaks.describe(loop_breaks.loop_breaks(_started)))
 
 
 def clear() -> None:
     """Forgets all reports; `torch._dynamo.reset` comes here through the backend."""
+    global _started
     _graphs.clear()
+    _started = time.time()
     ops.forget()
 
 

@@ -147,8 +147,11 @@ def test_what_is_too_large_to_verify_is_declined_unless_verification_is_off(monk
     gm, _ = captured_layers()
     before = str(gm.graph)
     # Operands have 319 elements; the gathered weights, 14 x 4 x 6, are the largest intermediate.
+    monkeypatch.setattr(moe_verify, "SHORTEN_ABOVE", 0)
     monkeypatch.setattr(moe_verify, "MAX_ELEMENTS", 14 * 4 * 6 - 1)
-    assert rewritten(gm) == [("declined", "too large to verify in this version")] * 2
+    assert (
+        rewritten(gm) == [("declined", "too large to verify, and its sizes cannot be told apart to shorten them")] * 2
+    )
     assert str(gm.graph) == before
     assert rewritten(gm, verify="off") == [("rewritten", None)] * 2
 
@@ -157,7 +160,9 @@ def test_a_structure_is_verified_once_unless_always(monkeypatch: pytest.MonkeyPa
     runs: list[str] = []
     run = moe_verify._run
     monkeypatch.setattr(moe_verify, "_outcomes", {})
-    monkeypatch.setattr(moe_verify, "_run", lambda site, routing: (runs.append(routing), run(site, routing))[1])
+    monkeypatch.setattr(
+        moe_verify, "_run", lambda site, routing, sizes: (runs.append(routing), run(site, routing, sizes))[1]
+    )
     for verify, expected in (("first", 3), ("first", 3), ("always", 9)):
         assert rewritten(captured_layers()[0], verify=verify) == [("rewritten", None)] * 2
         assert len(runs) == expected
@@ -172,5 +177,5 @@ def test_experts_on_a_device_without_a_kernel_are_declined() -> None:
                 meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
                 node.meta["example_value"] = FakeTensor(mode, meta, torch.device("cuda:0"))
     before = str(gm.graph)
-    assert rewritten(gm) == [("declined", "no CUDA kernel in this version")] * 2
+    assert rewritten(gm) == [("declined", "no CUDA kernel that is known to be faster in this version")] * 2
     assert str(gm.graph) == before

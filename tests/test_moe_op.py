@@ -46,7 +46,7 @@ class Problem:
         """The output and the gradient of every operand."""
         optional = {"w3": self.w3, "b1": self.b1, "b2": self.b2}
         output = function(self.z, self.w1, self.w2, self.ids, self.p, spec=self.spec, **optional, **more)
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
         names, leaves = zip(*self.tensors().items(), strict=True)
         return {"output": output.detach(), **dict(zip(names, torch.autograd.grad(output, leaves, grad), strict=True))}
 
@@ -118,6 +118,23 @@ def test_values_and_gradients_are_those_of_the_definition(
     for name, actual in case.run(moe_experts, keep=keep).items():
         # A sum over tokens and choices in another order: the rounding of its terms, not of its result, counts.
         assert_close_to_gold(actual, low[name], gold[name], what=f"{name} of {spec}", condition=8.0)
+
+
+@pytest.mark.parametrize("routing", ["random", "outside", "same_choices"])
+@pytest.mark.parametrize("score", ["output", "hidden", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoding_step_is_what_the_definition_says(dtype: torch.dtype, score: Any, routing: str) -> None:
+    for tokens in (1, 4):  # fewer choices than a quarter of the experts: nothing is sorted
+        case = problem(ExpertSpec("silu", "half", score), tokens, 3, 48, 6, 4, routing=routing, bias=True)
+        low, gold = case.to(dtype), case.to(dtype).to(torch.float64)
+        with torch.no_grad():
+            given = (low.z, low.w1, low.w2, low.ids, low.p)
+            actual = moe_experts(*given, spec=case.spec, b1=low.b1, b2=low.b2)
+            original, truth = (
+                reference_moe.experts(one.z, one.w1, one.w2, one.ids, one.p, one.spec, b1=one.b1, b2=one.b2)
+                for one in (low, gold)
+            )
+        assert_close_to_gold(actual, original, truth, what=f"{tokens} tokens", condition=8.0)
 
 
 @pytest.mark.parametrize("score", ["output", "hidden", "input"])

@@ -103,7 +103,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 def test_the_dictionary_has_the_documented_keys_and_types() -> None:
     x, padding = inputs()
     found = s2o_inductor.explain(Model(), x, padding=padding).to_dict()
-    assert set(found) == {"sites", "graph_breaks", "graphs", "seconds"}
+    assert set(found) == {"sites", "graph_breaks", "hints", "graphs", "seconds"}
     assert found["graph_breaks"] == [] and found["graphs"] == 1
     first, second = found["sites"]
     for site in (first, second):

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capture import capture
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s2o_inductor
 from s2o_inductor.errors import VerificationError
@@ -96,6 +98,32 @@ WRONG = {
     "rows without keys, averaged": (called, replaced(empty="mean")),
     "grouping": (tiled, in_groups),
 }
+
+
+def test_a_site_of_a_gpu_is_checked_without_one() -> None:
+    """The graph says CUDA, in its values and in a node; no machine with one is needed to tell right from wrong."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2], device=q.device)
+        scores = (q @ k.mT).masked_fill(at > at[:, None], float("-inf"))
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    args = [x.bfloat16() for x in operands(4, masked=False)]
+    module, _ = capture(padded, *args)
+    (site,), _ = attention.find_attention(module.graph)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for node in module.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, Tensor):
+                node.meta["example_value"] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="cuda"
+                )
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    outcome = verify.check_site(module.graph, site, always=True)
+    assert outcome.passed and outcome.detail.startswith("verified, max error"), outcome
+    wrong = dataclasses.replace(site, scale=site.scale * 1.1)
+    assert not verify.check_site(module.graph, wrong, always=True).passed
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[AttentionSite], AttentionSite]) -> None:

@@ -11,7 +11,9 @@ import dataclasses
 import pytest
 import torch
 from sparse_cases import SparseProblem, random_case, sparse_problem
+from test_sparse_backend import Attention, compiled, relative
 
+import s2o_inductor
 from s2o_inductor.sparse_policy import Geometry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -66,3 +68,27 @@ def test_captured_in_a_cuda_graph() -> None:
     graph.replay()
     fresh = case.run()
     assert torch.equal(captured.output, fresh.output) and torch.equal(captured.bundles, fresh.bundles)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_through_the_backend(padded: bool) -> None:
+    """A compiled model under a budget: near the exact result, by the error that the audit reports."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, heads, 4096, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    k[:, :, ::61] *= 4
+    padding = torch.arange(4096, device="cuda") >= torch.tensor([[0], [700]], device="cuda")
+    model = Attention()
+    inputs = (q, k, v, padding) if padded else (q, k, v)
+    with torch.device("cuda"):  # the model makes positions
+        output = compiled(model, budget=0.5, audit=4096)(*inputs)
+        exact = model(*inputs)
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert (site["route"], site["exact"]) == ("cuda-s2o", False)
+    assert 0.0 < site["sparse"]["density"] < 1.0
+    seen = padding[:, None, :, None].expand_as(exact) if padded else torch.ones_like(exact, dtype=torch.bool)
+    error = relative(output[seen].float(), exact[seen].float())
+    assert error < 0.1
+    if not padded:
+        assert site["sparse"]["error"] == pytest.approx(error**2, rel=0.3)

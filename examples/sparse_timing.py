@@ -1,8 +1,8 @@
-"""S2O sparse attention on one GPU: right first, then fast; beside torch's dense kernels.
+"""How long S2O sparse attention takes on one GPU, by stage, beside torch's dense kernels; right first, then fast.
 
-    python examples/bench_sparse_gpu.py --quick                    # 16,384 tokens, a minute
-    python examples/bench_sparse_gpu.py --json out.json            # 1,024 to 262,144 tokens
-    python examples/bench_sparse_gpu.py --sweep --lengths 131072   # tile sizes, warps, stages, bundles
+    python examples/bench.py attention --lengths 16384                 # a minute
+    python examples/bench.py attention --json out.json                 # 1,024 to 262,144 tokens
+    python examples/bench.py attention --sweep --lengths 131072        # tile sizes, warps, stages, bundles
 
 bfloat16, 32 query heads on 8 of size 128, batch 1, causal. Fixed densities stop at a share of the prefix; "budget"
 stops by the estimated tail. TFLOP/s count the pairs computed. The heads are synthetic: a few keys that all queries of
@@ -15,9 +15,7 @@ import argparse
 import fractions
 import json
 import statistics
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from s2o_inductor.kernels import cuda_sparse
 from s2o_inductor.kernels import triton_sparse_order as ordering
 from s2o_inductor.kernels.launching import Config
@@ -124,38 +121,42 @@ def run_case(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geo
     }  # fmt: skip
 
 
-def sweep(q: Tensor, k: Tensor, v: Tensor) -> list[dict[str, Any]]:
-    """Attention at density 0.1 for every way to run its two kernels; what does not fit the device is left out."""
+# Ways to run each kernel: rows, keys or groups at a time, warps, stages.
+SWEEP: dict[str, tuple[Any, str, list[tuple[int, int, int, int]]]] = {
+    "attend_kernel": (
+        cuda_sparse, "attend_configs",
+        [
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3),
+            (64, 32, 4, 4),
+        ],
+    ),
+    "tail_kernel": (
+        cuda_sparse, "tail_configs", [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)]
+    ),
+    "_scores_kernel": (ordering, "_configs", [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)]),
+}  # fmt: skip
+
+
+def sweep(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
+    """Milliseconds of each kernel for every way to run it, at density 0.1; what does not fit the device is left out.
+
+    A tile is as large as the rows of the attention kernel: with 64, twice as many tiles are ranked.
+    """
     import triton
 
-    originals = cuda_sparse.attend_configs, cuda_sparse.tail_configs
-    variants = [(tile, keys, warps, stages) for tile in (128, 64) for keys in (32, 64, 128) for warps in (4, 8)
-                for stages in (2, 3, 5)]  # fmt: skip
-    rows = []
-    try:
-        for bundle in (512, 1024, 2048):
-            for tile, keys, warps, stages in variants if bundle == 512 else [(128, 64, 8, 3), (128, 64, 4, 3)]:
-                config = Config(tile, keys, warps, stages)
-                cuda_sparse.attend_configs = lambda *_, config=config: [config]
-                geometry = Geometry(tile=tile, bundle=bundle)
+    for kernel, (module, name, configs) in SWEEP.items():
+        original = getattr(module, name)
+        try:
+            for config in configs:
+                setattr(module, name, lambda *_, config=config: [Config(*config)])
+                geometry = Geometry(tile=config[0]) if kernel == "attend_kernel" else Geometry()
                 try:
-                    row = run_case(q, k, v, NEVER, 0.1, geometry)
+                    found = profile(q, k, v, NEVER, 0.1, geometry)
                 except triton.runtime.errors.OutOfResources:
                     continue
-                rows.append({"kernel": "attend", "config": [tile, keys, warps, stages], **row})
-        cuda_sparse.attend_configs = originals[0]
-        for keys, warps, stages in ((32, 8, 2), (32, 8, 3), (64, 8, 2), (64, 8, 3), (64, 4, 2), (128, 8, 2)):
-            config = Config(128, keys, warps, stages)
-            cuda_sparse.tail_configs = lambda *_, config=config: [config]
-            try:
-                row = run_case(q, k, v, NEVER, 0.1, Geometry())
-            except triton.runtime.errors.OutOfResources:
-                continue
-            rows.append({"kernel": "tail", "config": [128, keys, warps, stages], **row})
-        cuda_sparse.tail_configs = originals[1]
-    finally:
-        cuda_sparse.attend_configs, cuda_sparse.tail_configs = originals
-    return rows
+                yield {"tokens": q.shape[2], "kernel": kernel, "config": config, "ms": found[kernel]}
+        finally:
+            setattr(module, name, original)
 
 
 def profile(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geometry: Geometry) -> dict[str, float]:
@@ -176,37 +177,32 @@ def show(row: dict[str, Any]) -> None:
     print("  ".join(cells), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="1024,4096,16384,32768,65536,131072,262144")
-    parser.add_argument("--quick", action="store_true", help="16,384 tokens alone")
-    parser.add_argument("--sweep", action="store_true", help="ways to run the kernels instead of lengths")
-    parser.add_argument("--profile", action="store_true", help="time on the device by kernel, at density 0.1")
-    parser.add_argument("--json", help="write the rows here as well")
-    options = parser.parse_args()
+def timed(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
+    """Fixed densities, and the default budget."""
+    dense = dense_times(q, k, v)
+    for budget, density in ((NEVER, 0.05), (NEVER, 0.1), (NEVER, 0.2), (0.5, 1.0)):
+        row = {**run_case(q, k, v, budget, density, Geometry()), **dense}
+        yield {**row, "cudnn / total": row["cudnn"] / row["total"]}
+
+
+def run(options: argparse.Namespace) -> None:
+    """`bench.py attention`, with the options it gives: one row for each length and density, printed as measured."""
     if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device; there is none")
+        raise SystemExit("bench.py attention needs a CUDA device; there is none")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; times in ms")
     check()
     rows = []
-    for length in [16384] if options.quick else [int(x) for x in options.lengths.split(",")]:
+    for length in options.lengths:
         q, k, v = operands(length)
+        found: Iterable[dict[str, Any]]
         if options.sweep:
             found = sweep(q, k, v)
         elif options.profile:
             found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, Geometry())}]
         else:
-            dense = dense_times(q, k, v)
-            cases = [(NEVER, 0.05), (NEVER, 0.1), (NEVER, 0.2), (0.5, 1.0)]
-            found = [{**run_case(q, k, v, *case, Geometry()), **dense} for case in cases]
-            for row in found:
-                row["cudnn / total"] = row["cudnn"] / row["total"]
+            found = timed(q, k, v)
         for row in found:
             show(row)
-        rows += found
+            rows.append(row)
         if options.json:  # after every length: a run that is cut off leaves what it has
-            Path(options.json).write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+            options.json.write_text(json.dumps(rows, indent=1))

@@ -1,0 +1,117 @@
+"""Ways to run the kernels of routed experts: what `bench_moe_gpu.py --sweep` tries."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from s2o_inductor.kernels import cuda_moe, triton_moe_backward, triton_moe_first, triton_moe_second
+from s2o_inductor.kernels.moe_cpu import Experts
+from s2o_inductor.kernels.triton_moe_backward import Rows
+from s2o_inductor.kernels.triton_moe_plan import Plan
+from s2o_inductor.kernels.triton_moe_tiles import Tile, rows_like
+
+if TYPE_CHECKING:
+    from bench_moe_gpu import Call
+
+
+def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
+    """Each kernel of a call by itself, as a function of its tile and the parts of its sum."""
+    spec, pairs = call.model.spec, call.ids.numel()
+    experts = Experts.of(spec, call.w1, call.w2, None, None, None)
+    plan, p = Plan.of(call.ids, call.w1.shape[0], 16), call.p.view(-1)
+    h, pre = rows_like(call.z, pairs, call.model.inner), rows_like(call.z, pairs, experts.columns)
+    rows, x, dw = Rows(pre), Rows(call.z, by_token=True), torch.empty_like(call.w1)
+
+    def second(tile: Tile, parts: int, a: Tensor, w: Tensor) -> None:
+        kind = torch.float32 if parts > 1 else torch.bfloat16
+        y = torch.empty(parts, pairs, w.shape[1], dtype=kind, device="cuda")
+        triton_moe_second.second([a], [w], None, plan, y, [tile])
+
+    def hidden(tile: Tile, parts: int) -> None:
+        share = torch.empty(pairs, -(-call.model.inner // tile.keys), device="cuda")
+        where = (pre, call.model.inner, h, share)
+        triton_moe_backward.hidden_backward(spec, call.z, call.w2, plan, p, pre, *where, [tile])
+
+    return {
+        "first": lambda tile, parts: triton_moe_first.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
+        "second": lambda tile, parts: second(tile, parts, h, call.w2),
+        "hidden": hidden,
+        "dx": lambda tile, parts: second(tile, parts, pre, call.w1.mT),
+        "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile]),
+    }
+
+
+def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Tile, int]]]:
+    """For each kernel, tiles and the parts into which its sum is cut."""
+    if facts.height <= 32:
+        heights = (16, 32) if facts.height == 32 else (16,)
+        low = [
+            Tile(rows, columns, warps, stages, depth, 4)
+            for rows in heights
+            for columns, depth in ((32, 128), (32, 256), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128))
+            for warps, stages in ((4, 3), (4, 5), (8, 3), (2, 4))
+        ]
+        return {
+            "first": [(tile, 1) for tile in low],
+            "second": [
+                (tile, parts)
+                for tile in [*low, *(dataclasses.replace(tile, programs=2 * facts.processors) for tile in low[::4])]
+                for parts in ((1, 2, 4) if facts.pairs < 500 else (1,))
+            ],
+        }
+    shapes = [(64, 128, 4), (64, 256, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
+    tiles = [Tile(*shape, stages, 64, group) for shape in shapes for stages in (3, 4) for group in (2, 8)]
+    tiles += [Tile(128, 128, 4, 2), Tile(128, 64, 4, 3), Tile(128, 64, 4, 4), Tile(64, 64, 4, 4)]
+    tiles += [Tile(128, 128, 4, 5, depth=32), Tile(128, 128, 4, 6, depth=32), Tile(128, 256, 8, 6, depth=32)]
+    if facts.height == 64:
+        tiles += [Tile(32, 128, 4, 4), Tile(32, 128, 4, 4, depth=128), Tile(32, 64, 4, 4, depth=128)]
+    tiles = [tile for tile in tiles if tile.rows <= 2 * facts.height]
+    first = [t for t in tiles if t.keys <= 128] if gated else tiles
+    backward = [t for t in tiles if t.group == 8 and t.rows >= 64]
+    deep = [Tile(128, 128, 8, 3, 32), Tile(128, 256, 8, 4, 32), Tile(256, 128, 8, 4, 32)]
+    shared = [Tile(128, 256, 8, stages, 64, group, facts.processors) for stages in (3, 4) for group in (2, 8)]
+    shared += [Tile(256, 128, 8, 3, 64, 8, facts.processors), Tile(128, 128, 4, 3, 64, 8, 2 * facts.processors)]
+    narrow = [dataclasses.replace(tile, keys=tile.keys // 2) for tile in shared] if gated else shared
+    found = {"first": first + narrow, "second": tiles + shared, "dx": backward + shared}
+    found["dw"] = backward + deep
+    found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)]
+    return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
+
+
+def fits(run: Callable[[], Any]) -> Any:
+    """What `run` gives, or None where a kernel needs more shared memory than there is."""
+    import triton
+
+    try:
+        return run()
+    except triton.runtime.errors.OutOfResources:
+        return None
+
+
+def sweep(call: Call, facts: cuda_moe.Facts, measure: Callable[..., float]) -> list[dict[str, Any]]:
+    """What ordering and combining take, and the best ways to run each kernel of one call, fastest first."""
+    experts, rows_each = call.w1.shape[0], facts.height
+    plan = Plan.of(call.ids, experts, rows_each)
+    y = torch.randn(1, call.ids.numel(), call.model.width, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(call.z)
+    rows: list[dict[str, Any]] = [
+        {"kernel": "plan", "us": measure(lambda: Plan.of(call.ids, experts, rows_each).tiles(rows_each))},
+        {"kernel": "combine", "us": measure(lambda: triton_moe_second.combine(y, call.p.view(-1), plan, out))},
+    ]
+    stages = stages_of(call)
+    for kernel, tries in tiles_to_try(facts, call.model.spec.halves > 1).items():
+        found = []
+        for tile, parts in tries:
+            us = fits(lambda: measure(lambda: stages[kernel](tile, parts), 30.0))  # noqa: B023 - called at once
+            if us is not None:
+                found.append({"kernel": kernel, "us": us, **dataclasses.asdict(tile), "parts": parts})
+        rows += sorted(found, key=lambda row: row["us"])[:5]
+    return rows

@@ -1,0 +1,302 @@
+"""Routed experts on CUDA: which tiles run a call, and its passes.
+
+Rows of an expert are few or many, whatever the number of tokens: tiles are as high as an expert has rows on
+average. Where that is few, weights are all that is read, and what counts is that every multiprocessor reads; where
+it is many, that the tensor cores never wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from s2o_inductor.kernels import triton_moe_backward, triton_moe_first, triton_moe_second
+from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
+from s2o_inductor.kernels.triton_moe_backward import Rows
+from s2o_inductor.kernels.triton_moe_plan import Plan
+from s2o_inductor.kernels.triton_moe_tiles import Tile, rows_like
+from s2o_inductor.moe_spec import ExpertSpec
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Tiles per multiprocessor from which on none waits for the last ones for long, programs that keep memory busy, and
+# steps of a sum below which a part of it is not worth a program.
+_TILES = 4
+_PROGRAMS = 2
+_LEAST_STEPS = 4
+_MOST_PARTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the choice of tiles depends on.
+
+    Attributes:
+        dtype: of tokens and weights.
+        pairs: T * K.
+        experts: E.
+        processors: of the device.
+        room: bytes of shared memory that a program may have.
+    """
+
+    dtype: torch.dtype
+    pairs: int
+    experts: int
+    processors: int
+    room: int
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile: a little above an expert's on average, so that most experts need one or all are full."""
+        mean = self.pairs / self.experts
+        return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 64 else 128
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - facts are few and small
+    def parts(self, out: int, depth: int) -> int:
+        """Into how many parts the sum of a product with `out` columns is cut so that all multiprocessors work."""
+        if self.height > 32 or self.dtype == torch.float32:
+            return 1
+        tile = second_tiles(self, out)[0]
+        wanted = triton.cdiv(_TILES * self.processors, self.tiles(out, tile.keys))
+        return max(1, min(wanted, depth // (tile.depth * _LEAST_STEPS), _MOST_PARTS))
+
+    def tiles(self, out: int, columns: int) -> int:
+        """Tiles of a product with `out` columns that are surely needed, if the routing is even."""
+        busy = max(min(self.experts, self.pairs), self.pairs // self.height)
+        return busy * triton.cdiv(out, columns)
+
+    def columns(self, out: int, most: int) -> int:
+        """Columns of a low tile: as wide, up to `most`, as leaves work for all multiprocessors."""
+        while most > 32 and self.tiles(out, most) < _TILES * self.processors:
+            most //= 2
+        return most
+
+
+# All choices are for half precision on an H100, where Nemotron 3 Super with 8,192 and with 32 tokens was measured in
+# every way that examples/sweep_moe.py knows; elsewhere the first that fits runs. float32 is exact, not fast.
+# Choices are remembered, for the host's sake: in a decoding step the device waits for it.
+_FLOAT32 = [Tile(32, 32, 4, 2, depth=32), Tile(16, 32, 4, 1, depth=16)]
+_LAST = Tile(16, 32, 4, 1, depth=32)
+# Shared memory that a program needs to keep a 128 x 256 tile's pipeline filled across tiles: what Hopper has.
+_SHARED_ROOM = 227 << 10
+
+
+@functools.lru_cache(maxsize=256)
+def first_tiles(facts: Facts, inner: int, gated: bool) -> list[Tile]:
+    """Ways to make the first product and its activation, fastest first; `inner` hidden columns, or two for each."""
+    wide = 2 if gated else 1
+    if facts.dtype == torch.float32:
+        return _FLOAT32
+    if facts.height <= 32:
+        columns = facts.columns(inner, 128 // wide)
+        return [Tile(facts.height, columns, 4, stages, 128, 4) for stages in (5, 3)] + [_LAST]
+    if facts.height == 64:
+        return [Tile(64, 128 // wide, 4, stages) for stages in (4, 2)] + [_LAST]
+    # Products of 128 x 256 are bound by what the L2 cache delivers to a multiprocessor; narrower ones read more.
+    tiles = [Tile(128, 128 // wide, 4, stages) for stages in (3, 2)] + [_LAST]
+    if facts.room >= _SHARED_ROOM:
+        return [Tile(128, 256 // wide, 8, stages, programs=facts.processors) for stages in (4, 3)] + tiles
+    return tiles
+
+
+@functools.lru_cache(maxsize=256)
+def second_tiles(facts: Facts, out: int) -> list[Tile]:
+    """Ways to make the second product, or the gradient of the rows that entered the first, fastest first."""
+    if facts.dtype == torch.float32:
+        return _FLOAT32
+    if facts.height <= 32:
+        columns = facts.columns(out, 64)
+        programs = _PROGRAMS * facts.processors
+        programs = programs if facts.tiles(out, columns) > 2 * programs else 0
+        return [Tile(facts.height, columns, 4, stages, 128, 4, programs) for stages in (3, 2)] + [_LAST]
+    if facts.height == 64:
+        return [Tile(64, 128, 4, 4), Tile(64, 128, 4, 2), _LAST]
+    tiles = [Tile(128, 128, 4, stages) for stages in (3, 2)] + [_LAST]
+    return [Tile(128, 256, 8, 4), *tiles] if facts.room >= _SHARED_ROOM else tiles
+
+
+@functools.lru_cache(maxsize=256)
+def hidden_tiles(facts: Facts) -> list[Tile]:
+    """Ways to make the gradient of the first product, fastest first; all of as many columns."""
+    if facts.dtype == torch.float32:
+        return _FLOAT32
+    rows = max(facts.height, 64)
+    return [Tile(rows, 128, 8, 4), Tile(rows, 128, 8, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
+
+
+@functools.lru_cache(maxsize=256)
+def outer_tiles(facts: Facts) -> list[Tile]:
+    """Ways to make the gradient of weights, fastest first."""
+    if facts.dtype == torch.float32:
+        return [Tile(32, 32, 4, 2, depth=32), Tile(16, 16, 4, 1, depth=16)]
+    # Three programs share a multiprocessor: an expert's rows make short sums, between which there is much to wait for.
+    depth = 64 if facts.pairs > 64 * facts.experts else 32
+    return [Tile(128, 128, 4, stages, depth) for stages in (3, 2)] + [Tile(64, 64, 4, 2, depth=32)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """`moe_cpu.Experts` whose weights are one tensor for all experts, as the kernels read them."""
+
+    spec: ExpertSpec
+    w1: tuple[Tensor, ...]
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    columns: int
+
+    @staticmethod
+    def of(experts: Experts) -> Stacked:
+        """Raises NotImplementedError where each expert has tensors of its own."""
+        weights = (*experts.w1, experts.w2, experts.b1, experts.b2)
+        found = [x for x in weights if x is None or isinstance(x, Tensor)]
+        if len(found) < len(weights):
+            raise NotImplementedError("experts on CUDA need their weights in one tensor; got one tensor per expert")
+        *first, second, b1, b2 = found
+        assert second is not None
+        return Stacked(experts.spec, tuple(w for w in first if w is not None), second, b1, b2, experts.columns)
+
+
+def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """`moe_cpu.forward`; what is kept of choices without an expert is undefined, and never read.
+
+    Args:
+        experts: weights (E, ..., l), float16, bfloat16 or float32, any strides.
+        z: (T, l).
+        ids: (T, K).
+        p: (T, K).
+        keep: store what the backward pass would otherwise compute again, (T * K, columns).
+    """
+    stacked = Stacked.of(experts)
+    kept = torch.empty((ids.numel() if keep else 0, stacked.columns), dtype=z.dtype, device=z.device)
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if ids.numel() == 0 or out.numel() == 0:
+        return out.zero_(), kept
+    with torch.cuda.device_of(z):
+        facts = facts_of(stacked, z, ids)
+        spec, pairs, width = stacked.spec, ids.numel(), z.shape[1]
+        inner = stacked.w2.shape[2]
+        plan = Plan.of(ids, facts.experts, facts.height)
+        z, weights = _unit_rows(z), p.reshape(-1).contiguous()
+        h = rows_like(z, pairs, inner)
+        _first(stacked, z, plan, weights, kept if keep else None, h, facts)
+        parts = facts.parts(width, inner)
+        kind = torch.float32 if parts > 1 else z.dtype
+        y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
+        triton_moe_second.second([h], [stacked.w2], stacked.b2, plan, y, second_tiles(facts, width))
+        triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
+    return out, kept
+
+
+def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
+    """`moe_cpu.backward`; `into` holds contiguous tensors, or views of such with the last two dimensions swapped."""
+    if ids.numel() == 0 or z.numel() == 0:
+        for gradient in (into.z, *into.w1, into.w2, into.b1, into.b2, into.p):
+            if gradient is not None:
+                _one(gradient).zero_()
+        return
+    with torch.cuda.device_of(z):
+        _backward(Stacked.of(experts), _unit_rows(grad), _unit_rows(z), ids, p, kept, into)
+
+
+def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
+    facts, spec, pairs = facts_of(experts, z, ids), experts.spec, ids.numel()
+    inner, width = experts.w2.shape[2], z.shape[1]
+    plan = Plan.of(ids, facts.experts, facts.height)
+    weights = p.reshape(-1).contiguous()
+    if kept.shape[0] == 0:
+        kept = torch.empty((pairs, experts.columns), dtype=z.dtype, device=z.device)
+        _first(experts, z, plan, weights, kept, None, facts)
+    # Each tensor of weights takes its part of dpre; parts start where the copy engine can.
+    up_at = inner if len(experts.w1) == 1 else rows_like(z, 1, inner).stride(0)
+    dpre = rows_like(z, pairs, experts.columns if len(experts.w1) == 1 else up_at + inner)
+    parts = [dpre] if len(experts.w1) == 1 else [dpre[:, :inner], dpre[:, up_at:]]
+    h = rows_like(z, pairs, inner) if into.w2 is not None else None
+    scored = spec.score == "input"
+
+    tiles = hidden_tiles(facts)
+    share = _share(pairs, inner, tiles[0], z)
+    triton_moe_backward.hidden_backward(spec, grad, experts.w2, plan, weights, kept, dpre, up_at, h, share, tiles)
+    if into.z is not None or (scored and into.p is not None):
+        y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
+        tiles = second_tiles(facts, width)
+        if scored:
+            # Wider tiles would spill, and shares are counted in blocks of the same width.
+            columns = min(tiles[0].keys, 128)
+            tiles = [tile for tile in tiles if tile.keys == columns]
+            share = _share(pairs, width, tiles[0], z)
+        scores = triton_moe_second.Scored(z, weights, share) if scored else None
+        triton_moe_second.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
+        if into.z is not None:
+            triton_moe_second.combine(y, None, plan, into.z)
+    if into.p is not None:
+        bias = experts.b2 if spec.score == "output" else None
+        triton_moe_backward.weight_gradient(share, plan, grad, bias, into.p)
+
+    tiles = outer_tiles(facts)
+    entered = Rows(z, by_token=True, weight=weights if scored else None)
+    for gradient, part in zip(into.w1, parts, strict=True):
+        if gradient is not None:
+            _outer(Rows(part), entered, plan, _one(gradient), tiles)
+    if into.w2 is not None and h is not None:
+        _outer(Rows(grad, by_token=True), Rows(h), plan, _one(into.w2), tiles)
+    if into.b1 is not None:
+        for index, part in enumerate(parts):
+            triton_moe_backward.sums(Rows(part), plan, _one(into.b1)[:, index * inner :][:, : part.shape[1]])
+    if into.b2 is not None:
+        rows = Rows(grad, by_token=True, weight=weights if spec.score == "output" else None)
+        triton_moe_backward.sums(rows, plan, _one(into.b2))
+
+
+def _one(gradient: PerExpert) -> Tensor:
+    """A gradient of stacked weights, which is one tensor."""
+    assert isinstance(gradient, Tensor)
+    return gradient
+
+
+def _first(
+    experts: Stacked, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
+) -> None:
+    """The first product and the hidden rows, where wanted."""
+    tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
+    triton_moe_first.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
+
+
+def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, tiles: list[Tile]) -> None:
+    """Fills out (E, m, n), whose last dimension or last but one is contiguous."""
+    if out.is_contiguous():
+        triton_moe_backward.outer(left, right, plan, out, tiles)
+    else:
+        triton_moe_backward.outer(right, left, plan, out.mT, tiles)
+
+
+def _share(pairs: int, width: int, tile: Tile, like: Tensor) -> Tensor:
+    """Room for sums over each block of columns of a row."""
+    return torch.empty((pairs, triton.cdiv(width, tile.keys)), dtype=torch.float32, device=like.device)
+
+
+def facts_of(experts: Stacked, z: Tensor, ids: Tensor) -> Facts:
+    """Raises NotImplementedError where no kernel takes the dtype."""
+    if z.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
+            "as it is (options={'disable': ['moe']})"
+        )
+    return Facts(z.dtype, ids.numel(), experts.w2.shape[0], *_device(z.device))
+
+
+@functools.lru_cache(maxsize=16)
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and a program's shared memory; of a small GPU where there is none and kernels are interpreted."""
+    if device.type != "cuda":
+        return 4, 48 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """x (T, l), or a copy, with rows of unit stride."""
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,179 @@
+"""The order in which routed experts are computed: choices by expert, and the tiles of rows that programs take.
+
+A choice is a pair (t, k), numbered t * K + k. Its place in the order is its row; an expert's rows follow one
+another, in the order of the tokens. Nothing is decided on the host, so nothing waits for the device: sizes
+are bounds that hold for any routing, and the device counts what is needed. Nothing is added up by
+atomics either: equal calls give equal plans.
+"""
+
+# Device code has no types that mypy knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+
+# Choices up to which one launch that compares all with all beats a sort of several.
+_RANKED_CHOICES = 2048
+# Choices that a program ranks, or experts whose first row and tiles it finds.
+_RANKED_TOGETHER = 16
+# Sort keys of 16 bits take half the passes of 32.
+_NARROW_EXPERTS = torch.iinfo(torch.int16).max
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _keys_kernel(ids_ptr, ids_steps, keys_ptr, pairs, CHOICES: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr):  # fmt: skip
+    """The expert of each choice, EXPERTS where there is none."""
+    pair = tl.program_id(0) * BM + tl.arange(0, BM)
+    place = (pair // CHOICES).to(tl.int64) * ids_steps[0] + (pair % CHOICES).to(tl.int64) * ids_steps[1]
+    expert = tl.load(ids_ptr + place, mask=pair < pairs, other=0).to(tl.int64)
+    expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS)
+    tl.store(keys_ptr + pair, expert.to(keys_ptr.dtype.element_ty), mask=pair < pairs)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, tiles_ptr, pairs, CHOICES: tl.constexpr,
+                 EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr):  # fmt: skip
+    """`_keys_kernel`, a stable sort, `_tiles_kernel` and the first row of each expert for at most BN choices, at once.
+
+    The row of a choice is how many come before it, so every program counts by itself. The first
+    programs do so for BM choices each, the others for BM experts.
+    """
+    other = tl.arange(0, BN)
+    place = (other // CHOICES).to(tl.int64) * ids_steps[0] + (other % CHOICES).to(tl.int64) * ids_steps[1]
+    expert = tl.load(ids_ptr + place, mask=other < pairs, other=0).to(tl.int64)
+    expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
+    # Distinct numbers that sort by expert, then by choice; E * BN is at most 2^26.
+    number = tl.where(other < pairs, expert * BN + other, 0x7FFFFFFF)
+    blocks = tl.cdiv(pairs, BM)
+    if tl.program_id(0) < blocks:
+        pair = tl.program_id(0) * BM + tl.arange(0, BM)
+        own = tl.sum(tl.where(other[None, :] == pair[:, None], number[None, :], 0), 1)
+        row = tl.sum((number[None, :] < own[:, None]).to(tl.int32), 1)
+        tl.store(order_ptr + row, pair, mask=pair < pairs)
+        tl.store(keys_ptr + pair, own // BN, mask=pair < pairs)
+    else:
+        mine = (tl.program_id(0) - blocks) * BM + tl.arange(0, BM)
+        bins = tl.arange(0, BINS)
+        rows = tl.histogram(expert, BINS, mask=(other < pairs) & (expert < EXPERTS))
+        needed = (rows + ROWS - 1) // ROWS
+        earlier = bins[None, :] < mine[:, None]
+        same = bins[None, :] == mine[:, None]
+        first = tl.sum(tl.where(earlier, rows[None, :], 0), 1)
+        tl.store(firsts_ptr + mine, first, mask=mine <= EXPERTS)
+        end = first + tl.sum(tl.where(same, rows[None, :], 0), 1)
+        before = tl.sum(tl.where(earlier, needed[None, :], 0), 1)
+        count = tl.sum(tl.where(same, needed[None, :], 0), 1)
+        for tile in tl.range(0, tl.max(count, 0)):
+            entry = tiles_ptr + (1 + before + tile) * 4
+            tl.store(entry, mine, mask=tile < count)
+            tl.store(entry + 1, first + tile * ROWS, mask=tile < count)
+            tl.store(entry + 2, end, mask=tile < count)
+        tl.store(tiles_ptr + mine * 0, before, mask=mine == EXPERTS)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _tiles_kernel(firsts_ptr, tiles_ptr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):  # fmt: skip
+    """The tiles of ROWS rows of one expert; see `Plan.tiles`."""
+    mine = tl.program_id(0)
+    expert = tl.arange(0, BN)
+    begin = tl.load(firsts_ptr + expert, mask=expert < EXPERTS, other=0)
+    end = tl.load(firsts_ptr + expert + 1, mask=expert < EXPERTS, other=0)
+    needed = (end - begin + ROWS - 1) // ROWS
+    before = tl.sum(tl.where(expert < mine, needed, 0), 0)
+    count = tl.sum(tl.where(expert == mine, needed, 0), 0)
+    first_row = tl.load(firsts_ptr + mine)
+    last_row = tl.load(firsts_ptr + mine + 1)
+    for start in tl.range(0, count, BM):
+        tile = start + tl.arange(0, BM)
+        entry = tiles_ptr + (1 + before + tile) * 4
+        inside = tile < count
+        tl.store(entry, tile * 0 + mine, mask=inside)
+        tl.store(entry + 1, first_row + tile * ROWS, mask=inside)
+        tl.store(entry + 2, tile * 0 + last_row, mask=inside)
+    if mine == EXPERTS - 1:
+        tl.store(tiles_ptr, before + count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The rows of a call.
+
+    Attributes:
+        choices: K.
+        experts: E.
+        keys: (T * K), the expert of each choice, `experts` for none.
+        order: int32 or int64 (T * K), the choice of each row; choices of no expert come last.
+        firsts: int32 (E + 1), the first row of each expert, and the end of the last one's.
+        made: what `tiles` has made, by its argument.
+    """
+
+    choices: int
+    experts: int
+    keys: Tensor
+    order: Tensor
+    firsts: Tensor
+    made: dict[int, Tensor] = dataclasses.field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int, rows: int) -> Plan:
+        """The plan of ids (T, K), of any integer dtype and strides; T * K is at least 1.
+
+        A sort of T * K keys takes some tens of microseconds from 100,000 to a million of them, where
+        the products that follow take milliseconds. Up to 2,048 choices one launch does it all, tiles of `rows` rows
+        included.
+        """
+        pairs, choices = ids.numel(), ids.shape[1]
+        sizes = {"ids_ptr": ids, "ids_steps": ids.stride(), "pairs": pairs, "CHOICES": choices, "EXPERTS": experts}
+        if pairs <= _RANKED_CHOICES and experts < _NARROW_EXPERTS:
+            keys, order = (torch.empty(pairs, dtype=torch.int32, device=ids.device) for _ in range(2))
+            firsts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+            plan = cls(choices, experts, keys, order, firsts)
+            plan.made[rows] = tiles = torch.empty((1 + plan.bound(rows), 4), dtype=torch.int32, device=ids.device)
+            results = {"keys_ptr": keys, "order_ptr": order, "firsts_ptr": firsts, "tiles_ptr": tiles}
+            sizes.update(BINS=max(16, triton.next_power_of_2(experts + 1)), ROWS=rows)
+            config = Config(_RANKED_TOGETHER, max(16, triton.next_power_of_2(pairs)), 4, 1)
+            blocks = triton.cdiv(pairs, config.rows) + triton.cdiv(experts + 1, config.rows)
+            launch(_rank_kernel, [config], lambda _: blocks, lambda _: {**sizes, **results})
+            return plan
+        kind = torch.int16 if experts < _NARROW_EXPERTS else torch.int32
+        keys = torch.empty(pairs, dtype=kind, device=ids.device)
+        launch(
+            _keys_kernel, [Config(1024, 1, 4, 1)], lambda config: triton.cdiv(pairs, config.rows),
+            lambda _: {**sizes, "keys_ptr": keys},
+        )  # fmt: skip
+        ordered, order = torch.sort(keys, stable=True)
+        numbers = torch.arange(experts + 1, dtype=kind, device=ids.device)
+        firsts = torch.searchsorted(ordered, numbers, out_int32=True)
+        return cls(choices, experts, keys, order, firsts)
+
+    def bound(self, rows: int) -> int:
+        """Most tiles of `rows` rows: every expert that is chosen has at most one that is not full."""
+        pairs = self.order.shape[0]
+        return (pairs + (rows - 1) * min(self.experts, pairs)) // rows
+
+    def tiles(self, rows: int) -> Tensor:
+        """Int32 (1 + bound, 4), tiles of at most `rows` rows of one expert, in the order of the rows.
+
+        After the number of tiles, in row 0, each is (expert, first row, end of that expert's rows, nothing).
+        """
+        if rows not in self.made:
+            tiles = torch.empty((1 + self.bound(rows), 4), dtype=torch.int32, device=self.order.device)
+            arguments: dict[str, Any] = {
+                "firsts_ptr": self.firsts, "tiles_ptr": tiles, "EXPERTS": self.experts, "ROWS": rows,
+            }  # fmt: skip
+            config = Config(256, max(16, triton.next_power_of_2(self.experts)), 4, 1)
+            launch(_tiles_kernel, [config], lambda _: self.experts, lambda _: arguments)
+            self.made[rows] = tiles
+        return self.made[rows]

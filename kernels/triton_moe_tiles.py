@@ -1,0 +1,284 @@
+"""What the kernels of routed experts share: tiles of rows, of weights in any layout, and the activation.
+
+Weights are read where they lie, as (E, out, in) views: in tiles that the bulk copy engine of Hopper fetches
+where `in` or `out` has unit stride and rows start at multiples of 16 bytes, else by ordinary loads.
+Sizes of weights are constants of a compiled kernel, numbers of tokens are not.
+"""
+
+# Device code has no types that mypy knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from s2o_inductor.kernels.launching import Config
+from s2o_inductor.kernels.triton_moe_plan import Plan
+from s2o_inductor.moe_spec import ExpertSpec
+
+# How a kernel reads weights (E, out, in): tiles (out, in), tiles (in, out), or pointers.
+OUT_IN = tl.constexpr(0)
+IN_OUT = tl.constexpr(1)
+POINTERS = tl.constexpr(2)
+# How the first product holds gate and up: no gate, halves of one tensor's columns, alternating columns, two tensors.
+PLAIN = tl.constexpr(0)
+HALVES = tl.constexpr(1)
+ALTERNATING = tl.constexpr(2)
+SEPARATE = tl.constexpr(3)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile(Config):
+    """One way to run a product of rows with their experts' weights.
+
+    `rows` and `keys` are rows and columns of the tile of the product that a program holds.
+
+    Attributes:
+        depth: how much of the sum one step takes.
+        group: tiles of rows whose products with the same weights run side by side, so that these are read once.
+        programs: how many share all tiles, each fetching its next one while it writes the last; 0 for one a tile.
+    """
+
+    depth: int = 64
+    group: int = 8
+    programs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights (E, out, in) as a kernel reads them."""
+
+    source: Tensor | TensorDescriptor
+    steps: tuple[int, ...]
+    layout: int
+
+    @classmethod
+    def of(cls, w: Tensor, columns: int, depth: int) -> Weights:
+        """w in tiles of `columns` of out and `depth` of in, zero beyond its edges."""
+        steps = w.stride()
+        if _in_tiles(w):
+            return cls(TensorDescriptor(w, list(w.shape), _strides(w), [1, columns, depth]), steps, OUT_IN.value)
+        if _in_tiles(turned := w.mT):
+            source = TensorDescriptor(turned, list(turned.shape), _strides(turned), [1, depth, columns])
+            return cls(source, steps, IN_OUT.value)
+        return cls(w, steps, POINTERS.value)
+
+    @classmethod
+    def of_halves(cls, w: Tensor, columns: int, depth: int) -> Weights:
+        """w (E, 2 * n, in) in tiles of `columns` of each half of out and `depth` of in, zero beyond their edges."""
+        steps, halves = w.stride(), (2, w.shape[1] // 2)
+        if _in_tiles(x := w.unflatten(1, halves)):
+            return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, 2, columns, depth]), steps, OUT_IN.value)
+        if _in_tiles(x := w.mT.unflatten(2, halves)):
+            return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, depth, 2, columns]), steps, IN_OUT.value)
+        return cls(w, steps, POINTERS.value)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides that the copy engine takes: those of dimensions of size one mean nothing and may be anything."""
+    unit = 16 // x.element_size()
+    return [unit if size == 1 else step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
+
+
+def _in_tiles(x: Tensor) -> bool:
+    """Whether the copy engine reads tiles of x."""
+    unit = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % unit == 0 for step in _strides(x)[:-1])
+    return aligned and (x.stride(-1) == 1 or x.shape[-1] == 1)
+
+
+def rows_like(x: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty (rows, columns) in x's dtype whose rows start at multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    return torch.empty((rows, -(-columns // unit) * unit), dtype=x.dtype, device=x.device)[:, :columns]
+
+
+def rows_in_tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    """x (rows, n), made by `rows_like`, in tiles of `rows` by `depth`, zero beyond its edges."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def grid_of(plan: Plan, columns: int, parts: int = 1) -> Callable[[Config], int]:
+    """Number of programs for all tiles of rows by `columns`, in `parts`."""
+
+    def grid(config: Config) -> int:
+        assert isinstance(config, Tile)
+        return config.programs or plan.bound(config.rows) * triton.cdiv(columns, config.keys) * parts
+
+    return grid
+
+
+def formula(spec: ExpertSpec) -> dict[str, Any]:
+    """The formula of an expert as arguments of a kernel."""
+    gate = {"none": PLAIN, "interleaved": ALTERNATING, "separate": SEPARATE}.get(spec.gate, HALVES)
+    return {
+        "alpha": float(spec.alpha),
+        "limit": 0.0 if spec.limit is None else float(spec.limit),
+        "shift": float(spec.shift),
+        "ACTIVATION": spec.activation,
+        "GATE": gate.value,
+        "LIMITED": spec.limit is not None,
+    }
+
+
+@triton.jit
+def place_of(program, blocks, splits, count, GROUP: tl.constexpr):
+    """(tile of rows, block of columns, split) of one of `count` tiles of rows times blocks times splits.
+
+    GROUP tiles of rows go through the same columns side by side: they belong to one expert, or to a few.
+    """
+    here = program // (GROUP * blocks * splits) * GROUP
+    within = program - here * blocks * splits
+    present = tl.minimum(GROUP, count - here)
+    rest = within // present
+    return here + within % present, rest % blocks, rest // blocks
+
+
+@triton.jit
+def load_weights(source, steps, expert, column, depth, LAYOUT: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+                 BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Weights of one expert, (BK, BN): in [depth, depth + BK) by out [column, column + BN), zero beyond."""
+    if LAYOUT == OUT_IN:
+        return source.load([expert, column, depth]).reshape(BN, BK).T
+    elif LAYOUT == IN_OUT:
+        return source.load([expert, depth, column]).reshape(BK, BN)
+    else:
+        n = column + tl.arange(0, BN)
+        k = depth + tl.arange(0, BK)
+        place = source + expert.to(tl.int64) * steps[0]
+        place = place + n.to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
+        return tl.load(place, mask=(n < OUT)[None, :] & (k < IN)[:, None], other=0.0)
+
+
+@triton.jit
+def load_halves(source, steps, expert, column, depth, LAYOUT: tl.constexpr, INNER: tl.constexpr, IN: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Weights of one expert, (BK, 2 * BN): out [column, column + BN) of the first half of INNER, then of the second."""
+    if LAYOUT == OUT_IN:
+        return source.load([expert, 0, column, depth]).reshape(2 * BN, BK).T
+    elif LAYOUT == IN_OUT:
+        return source.load([expert, depth, 0, column]).reshape(BK, 2 * BN)
+    else:
+        c = tl.arange(0, 2 * BN)
+        n = column + c % BN
+        k = depth + tl.arange(0, BK)
+        place = source + expert.to(tl.int64) * steps[0]
+        place = place + (c // BN * INNER + n).to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
+        return tl.load(place, mask=(n < INNER)[None, :] & (k < IN)[:, None], other=0.0)
+
+
+@triton.jit
+def halves(x):
+    """(left, right) of the columns of x (BM, 2 * BN)."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def load_rows(rows, depth, inside, MASKED: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr):
+    """Columns [depth, depth + BK) of the rows that the pointers (BM,) `rows` begin; with MASKED, 0 unless `inside`."""
+    k = depth + tl.arange(0, BK)
+    place = rows[:, None] + k[None, :]
+    if MASKED:
+        return tl.load(place, mask=inside[:, None] & (k < WIDTH)[None, :], other=0.0)
+    elif WIDTH % BK == 0:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(k < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_bias(bias_ptr, steps, expert, column, COLUMNS: tl.constexpr):
+    """Biases of one expert at `column`, float32."""
+    place = bias_ptr + expert.to(tl.int64) * steps[0] + column.to(tl.int64) * steps[1]
+    return tl.load(place, mask=column < COLUMNS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scaled(rows, weight):
+    """Rows times weights (BM,) float32, rounded to the dtype of the rows."""
+    return (rows.to(tl.float32) * weight[:, None]).to(rows.dtype)
+
+
+# -------------------------------------------------------------------------------------- activation
+
+
+@triton.jit
+def _activate(x, alpha, ACTIVATION: tl.constexpr):
+    """(act(x), act'(x)), float32; NaN stays NaN."""
+    if ACTIVATION == "identity":
+        return x, tl.full(x.shape, 1.0, tl.float32)
+    elif ACTIVATION == "relu":
+        return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu2":
+        positive = tl.where(x <= 0.0, 0.0, x)
+        return positive * positive, 2.0 * positive
+    elif ACTIVATION == "silu":
+        gate = 1.0 / (1.0 + tl.exp(-alpha * x))
+        return x * gate, gate + alpha * x * gate * (1.0 - gate)
+    elif ACTIVATION == "gelu":
+        share = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        return x * share, share + x * tl.exp(-0.5 * x * x) * INV_SQRT_2_PI
+    else:
+        # (1 + tanh(y)) / 2 is sigmoid(2 y), which does not cancel where y is far below 0.
+        gate = 1.0 / (1.0 + tl.exp(x * (1.0 + x * x * GELU_CUBIC) * (-2.0 * SQRT_2_OVER_PI)))
+        slope = (1.0 + x * x * (3.0 * GELU_CUBIC)) * (2.0 * SQRT_2_OVER_PI)
+        return x * gate, gate + x * gate * (1.0 - gate) * slope
+
+
+@triton.jit
+def _clamp(x, limit):
+    """min(x, limit) for which NaN stays NaN."""
+    return tl.where(x > limit, limit, x)
+
+
+@triton.jit
+def plain_hidden(x, numbers, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr):
+    """act(x), without a gate; `numbers` are (alpha, limit, shift)."""
+    if LIMITED:
+        x = _clamp(x, numbers[1])
+    return _activate(x, numbers[0], ACTIVATION)[0]
+
+
+@triton.jit
+def gated_hidden(gate, up, numbers, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr):
+    """act(gate) * (up + shift)."""
+    if LIMITED:
+        up = tl.where(up < -numbers[1], -numbers[1], _clamp(up, numbers[1]))
+    return plain_hidden(gate, numbers, ACTIVATION, LIMITED) * (up + numbers[2])
+
+
+@triton.jit
+def plain_backward(x, numbers, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr):
+    """(hidden, its derivative by x)."""
+    inner = x
+    if LIMITED:
+        inner = _clamp(x, numbers[1])
+    value, slope = _activate(inner, numbers[0], ACTIVATION)
+    if LIMITED:
+        slope = tl.where(x > numbers[1], 0.0, slope)
+    return value, slope
+
+
+@triton.jit
+def gated_backward(gate, up, numbers, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr):
+    """(hidden, its derivative by gate, that by up)."""
+    value, slope = plain_backward(gate, numbers, ACTIVATION, LIMITED)
+    outer = up
+    of_up = value
+    if LIMITED:
+        outer = tl.where(up < -numbers[1], -numbers[1], _clamp(up, numbers[1]))
+        of_up = tl.where(tl.abs(up) > numbers[1], 0.0, value)
+    outer = outer + numbers[2]
+    return value * outer, slope * outer, of_up

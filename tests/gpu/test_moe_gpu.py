@@ -1,0 +1,166 @@
+"""Routed experts on a GPU: random calls against float64, at the sizes of models, repeatable, beyond 2^31 bytes.
+
+Needs a CUDA device; `pytest -n 8 tests/gpu` compiles kernels side by side. Unwritten memory holds NaN (conftest.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from moe_cases import check, leaves, on_device, random_case, typed
+from test_moe_op import Problem, problem
+from torch import Tensor
+
+from s2o_inductor.kernels import reference_moe
+from s2o_inductor.moe_ops import moe_experts
+from s2o_inductor.moe_spec import ExpertSpec
+from s2o_inductor.testing import assert_close_to_gold
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SPECS = {
+    "Nemotron": ExpertSpec("relu2"),
+    "Mixtral": ExpertSpec("silu", "half"),
+    "torchtitan": ExpertSpec("silu", "separate"),
+    "GPT-OSS": ExpertSpec("silu", "interleaved", transposed=True, alpha=1.702, limit=7.0, shift=1.0),
+    "Llama 4": ExpertSpec("silu", "half", "input", transposed=True),
+}
+
+
+def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(scale)
+
+
+def choose(tokens: int, choices: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Different experts for each token, and weights that sum to one."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    p, ids = torch.rand(tokens, experts, generator=generator, device="cuda").topk(choices)
+    return ids, p / p.sum(1, keepdim=True)
+
+
+def sized(name: str, tokens: int, choices: int, experts: int, width: int, inner: int, routing: str) -> Problem:
+    made = typed(
+        problem(SPECS[name], tokens, choices, experts, width, inner, routing=routing, bias=name == "GPT-OSS"),
+        torch.bfloat16,
+    )  # fmt: skip
+    made.w1.mul_(width**-0.5)
+    made.w2.mul_(inner**-0.5)
+    return leaves(on_device(made, "cuda"))
+
+
+@pytest.mark.parametrize("seed", range(160))
+def test_random_cases(seed: int) -> None:
+    check(*random_case(seed, device="cuda"))
+
+
+@pytest.mark.parametrize("routing", ["random", "one_expert"])
+@pytest.mark.parametrize("name", SPECS)
+def test_at_the_widths_of_models(name: str, routing: str) -> None:
+    check(sized(name, 600, 4, 8, 512, 768, routing))
+    check(sized(name, 40, 4, 32, 512, 768, routing))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_programs_that_share_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way to run both products, whatever is chosen at this size."""
+    from s2o_inductor.kernels import cuda_moe
+    from s2o_inductor.kernels.triton_moe_tiles import Tile
+
+    tiles = [Tile(128, 64, 4, 3, 64, 8, 132)]
+    monkeypatch.setattr(cuda_moe, "first_tiles", lambda *_: tiles)
+    monkeypatch.setattr(cuda_moe, "second_tiles", lambda *_: tiles)
+    check(sized(name, 1200, 4, 8, 512, 768, "random"))
+    check(sized(name, 300, 2, 8, 200, 136, "one_expert"))
+
+
+@pytest.mark.parametrize("tokens", [40, 1500])
+def test_bitwise_repeatable(tokens: int) -> None:
+    case = sized("Mixtral", tokens, 6, 16, 512, 768, "random")
+    first = case.run(moe_experts)
+    for _ in range(10):
+        again = case.run(moe_experts)
+        for name, x in first.items():
+            assert torch.equal(x, again[name]), name
+
+
+@pytest.mark.parametrize("tokens", [20, 900])
+def test_captured_in_a_cuda_graph(tokens: int) -> None:
+    """No call waits for the device or chooses by what a tensor holds, so a replay follows its inputs."""
+    case = sized("GPT-OSS", tokens, 4, 16, 512, 768, "random")
+    case.run(moe_experts)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    grad = torch.randn_like(case.z)
+    names, tensors = zip(*case.tensors().items(), strict=True)
+
+    def run() -> dict[str, Tensor]:
+        out = moe_experts(case.z, case.w1, case.w2, case.ids, case.p, spec=case.spec, b1=case.b1, b2=case.b2)
+        return {"output": out, **dict(zip(names, torch.autograd.grad(out, tensors, grad), strict=True))}
+
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        case.z.copy_(torch.randn_like(case.z))
+        case.ids.fill_(3)
+        case.ids[tokens // 2 :] = 16  # no expert
+    graph.replay()
+    for name, x in run().items():
+        assert torch.equal(captured[name], x), name
+
+
+def check_tokens(out: Tensor, z: Tensor, w1: Tensor, w2: Tensor, ids: Tensor, p: Tensor, spec: ExpertSpec,
+                 tokens: list[int]) -> None:  # fmt: skip
+    """The output of a few tokens against float64 with the weights of their experts alone."""
+    for token in tokens:
+        experts, here = ids[token].unique(return_inverse=True)
+        results = [
+            reference_moe.experts(
+                z[token : token + 1].to(dtype), w1[experts].to(dtype), w2[experts].to(dtype), here[None],
+                p[token : token + 1], spec,
+            )
+            for dtype in (torch.float64, torch.bfloat16)
+        ]  # fmt: skip
+        assert_close_to_gold(out[token : token + 1], results[1], results[0], what=f"token {token}", condition=8.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 512, 100_000])
+def test_nemotron_3_super(tokens: int) -> None:
+    """E 512, K 22, l 1024, I 2688: offsets of weights pass 2^31 bytes, those of 100,000 tokens' rows 2^31 elements."""
+    w1, w2 = normal(512, 2688, 1024, scale=1024**-0.5), normal(512, 1024, 2688, scale=2688**-0.5, seed=1)
+    z, (ids, p) = normal(tokens, 1024, seed=2), choose(tokens, 22, 512)
+    ids[-1] = torch.arange(490, 512, device="cuda")
+    out = moe_experts(z, w1, w2, ids, p, spec=SPECS["Nemotron"])
+    assert out.isfinite().all()
+    check_tokens(out, z, w1, w2, ids, p, SPECS["Nemotron"], sorted({0, tokens // 2, tokens - 1}))
+
+
+def test_gradients_beyond_two_to_the_31_elements() -> None:
+    """Of 110,000 tokens' 2.4 million rows; those of the last tokens and of an expert that has few are looked at."""
+    tokens, spec = 110_000, SPECS["Nemotron"]
+    w1, w2 = normal(33, 256, 1024, scale=1024**-0.5), normal(33, 1024, 256, scale=256**-0.5, seed=1)
+    z, (ids, p) = normal(tokens, 1024, seed=2), choose(tokens, 22, 32)
+    last = slice(tokens - 50, tokens)
+    ids[last, 0] = 32
+    w1, w2, z, p = (x.requires_grad_() for x in (w1, w2, z, p))
+    out = moe_experts(z, w1, w2, ids, p, spec=spec)
+    grad = normal(tokens, 1024, seed=3)
+    found = torch.autograd.grad(out, (z, p, w1, w2), grad)
+    assert all(x.isfinite().all() for x in found)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        part = [x.detach().to(dtype).requires_grad_() for x in (z[last], p[last], w1, w2)]
+        low = reference_moe.experts(part[0], part[2], part[3], ids[last], part[1], spec)
+        results.append(torch.autograd.grad(low, part, grad[last].to(dtype)))
+    looked_at = (found[0][last], found[1][last].to(torch.bfloat16), found[2][32], found[3][32])
+    for name, actual, gold, low in zip(("z", "p", "w1", "w2"), looked_at, *results, strict=True):
+        one = gold.shape[0] == 33
+        gold, low = (gold[32], low[32]) if one else (gold, low)
+        assert_close_to_gold(actual, low, gold, what=name, condition=8.0)
+
+
+def test_float64_is_refused() -> None:
+    case = dataclasses.replace(sized("Mixtral", 4, 2, 4, 16, 16, "random"))
+    with pytest.raises(NotImplementedError, match=r"got torch.float64: cast them"):
+        case.to(torch.float64).run(moe_experts)

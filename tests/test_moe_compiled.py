@@ -1,0 +1,121 @@
+"""Experts under what models are compiled with: bfloat16, autocast, symbolic sizes, checkpoints, Inductor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import moe_idioms
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import s2o_inductor
+from s2o_inductor.testing import assert_close_to_gold
+
+LAYERS: dict[str, Any] = {**moe_idioms.CAPTURED, "loop, prepared": moe_idioms.HitExperts}
+SOME = ("latent", "dense, interleaved", "loop, prepared")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+
+
+def build(name: str) -> nn.Module:
+    model: nn.Module = LAYERS[name]()
+    if name == "loop, prepared":
+        assert s2o_inductor.prepare(model).prepared
+    return model
+
+
+def step(model: nn.Module, x: Tensor, call: Any) -> dict[str, Tensor]:
+    """Output and gradients of the parameters and the input."""
+    x = x.clone().requires_grad_()
+    result = call(x)
+    y = result[0] if isinstance(result, tuple) else result
+    names, leaves = zip(("x", x), *model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(y.float().square().sum(), leaves)
+    return {"output": y.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def check(model: nn.Module, x: Tensor, run: Any, **how: Any) -> None:
+    """One compiled step as exact as an eager one, with every site rewritten."""
+    gold_model = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend="s2o", options={"inner": "aot_eager", "experts": True}, **how)
+    actual, expected = run(model, x, compiled), run(model, x, model)
+    gold = step(gold_model, x.double(), gold_model)
+    sites = s2o_inductor.last_report().to_dict()["sites"]
+    assert sites and all((site["kind"], site["status"]) == ("moe", "rewritten") for site in sites), sites
+    for key, value in actual.items():
+        assert_close_to_gold(value, expected[key], gold[key], what=key, condition=8.0)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_models_in_bfloat16(name: str) -> None:
+    check(build(name).bfloat16(), torch.randn(2, 6, 24).bfloat16(), step)
+
+
+def autocast_step(model: nn.Module, x: Tensor, call: Any) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return step(model, x, call)
+
+
+@pytest.mark.parametrize("name", ["grouped products", "loop, prepared"])
+def test_under_autocast(name: str) -> None:
+    check(build(name), torch.randn(2, 6, 24), autocast_step)
+
+
+def test_products_that_autocast_lowers_stay_as_they_are() -> None:
+    # It casts the gathered matrices; the operator would have to cast those of all experts, in every step.
+    model, x = build("latent"), torch.randn(2, 6, 24)
+    compiled = torch.compile(model, backend="s2o", options={"inner": "aot_eager", "experts": True})
+    autocast_step(model, x, compiled)
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["reason"] == "the products by expert do not run in the dtype of their weights and biases"
+
+
+@pytest.mark.parametrize("name", ["batched products", "grouped, scattered", *SOME])
+def test_one_graph_serves_every_number_of_tokens(name: str) -> None:
+    model = build(name)
+    compiled = torch.compile(
+        model, backend="s2o", options={"inner": "aot_eager", "experts": True}, dynamic=True, fullgraph=True
+    )
+    for tokens in (5, 9, 31):
+        x = torch.randn(1, tokens, 24)
+        with torch.no_grad():
+            actual, expected = compiled(x), model(x)
+        for one, other in zip(*(y if isinstance(y, tuple) else (y,) for y in (actual, expected)), strict=True):
+            loose = name == "grouped, scattered"  # its products are in bfloat16
+            torch.testing.assert_close(one, other, rtol=2e-2 if loose else 1e-5, atol=5e-2 if loose else 1e-5)
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["status"] == "rewritten" and not isinstance(site["shape"]["tokens"], int)
+
+
+@pytest.mark.parametrize("name", ["batched products", "loop, prepared"])
+def test_inside_a_checkpoint(name: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = build(name)
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    check(Checkpointed(), torch.randn(2, 6, 24), step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["batched products", "loop, prepared"])
+def test_through_inductor(name: str) -> None:
+    model, x = build(name), torch.randn(2, 6, 24)
+    compiled = torch.compile(model, backend="s2o", options={"experts": True})
+    actual, expected = step(model, x, compiled), step(model, x, model)
+    for key, value in actual.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["route"] == "cpu-grouped"

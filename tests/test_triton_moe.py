@@ -1,0 +1,190 @@
+"""The Triton kernels of routed experts in Triton's interpreter, and the choices their host side makes.
+
+The operator runs as it does on a GPU, gradients included. What the interpreter cannot show, a GPU does: see
+tests/gpu/test_moe_gpu.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_cases import check, leaves, random_case, typed
+from test_moe_op import Problem, problem
+
+from s2o_inductor.moe_ops import moe_experts
+from s2o_inductor.moe_spec import ExpertSpec
+
+CASES: dict[str, dict[str, Any]] = {
+    "relu2": {"spec": ExpertSpec("relu2")},
+    "weights on hidden rows": {"spec": ExpertSpec("silu", "half", "hidden"), "bias": True},
+    "weights on the input": {"spec": ExpertSpec("silu", "half_swapped", "input", transposed=True), "bias": True},
+    "GPT-OSS": {
+        "spec": ExpertSpec("silu", "interleaved", transposed=True, alpha=1.702, limit=1.5, shift=1.0), "bias": True,
+    },
+    "two tensors, odd sizes": {"spec": ExpertSpec("gelu", "separate"), "width": 23, "inner": 37},
+    "two tensors, weighted input": {"spec": ExpertSpec("gelu_tanh", "separate", "input"), "dtype": torch.float32},
+    "choices outside": {"spec": ExpertSpec("relu", "half"), "routing": "outside", "bias": True},
+    "one expert takes all": {"spec": ExpertSpec("relu2"), "routing": "one_expert", "tokens": 60},
+    "weights in no tiles": {"spec": ExpertSpec("identity", "interleaved"), "strided": True},
+    "no choice is an expert's": {"spec": ExpertSpec("relu2"), "experts": 3, "ids": -1},
+}  # fmt: skip
+
+
+def case(name: str) -> Problem:
+    fields = {"tokens": 8, "choices": 2, "experts": 5, "width": 24, "inner": 40, **CASES[name]}
+    dtype, ids = fields.pop("dtype", torch.float16), fields.pop("ids", None)
+    made = typed(problem(**fields), dtype)
+    return made if ids is None else dataclasses.replace(made, ids=torch.full_like(made.ids, ids))
+
+
+def check_every_tile_height() -> None:
+    """Tiles as high as experts of few and of many rows get them, the plan's and the products'."""
+    from s2o_inductor.kernels import cuda_moe
+
+    made, original, heights = case("relu2"), cuda_moe.facts_of, []
+    try:
+        for mean in (1, 15, 40, 100):
+            facts = cuda_moe.Facts(torch.float16, 5 * mean, 5, 4, 48 << 10)
+            heights.append(facts.height)
+            cuda_moe.facts_of = lambda *_, facts=facts: facts
+            check(made)
+    finally:
+        cuda_moe.facts_of = original
+    assert heights == [16, 32, 64, 128]
+
+
+def check_shared_tiles() -> None:
+    """Programs that go through many tiles compute what as many programs as tiles do."""
+    from s2o_inductor.kernels import cuda_moe
+    from s2o_inductor.kernels.triton_moe_tiles import Tile
+
+    originals = cuda_moe.first_tiles, cuda_moe.second_tiles
+    results = []
+    try:
+        for programs in (0, 3):
+            tiles = [Tile(16, 32, 4, 2, 32, 2, programs)]
+            cuda_moe.first_tiles = cuda_moe.second_tiles = lambda *_, tiles=tiles: tiles
+            names = ("weights on the input", "two tensors, odd sizes", "GPT-OSS")
+            results.append([leaves(case(name)).run(moe_experts) for name in names])
+    finally:
+        cuda_moe.first_tiles, cuda_moe.second_tiles = originals
+    for single, shared in zip(*results, strict=True):
+        for name, x in single.items():
+            assert torch.equal(x, shared[name]), name
+
+
+def check_sorted_plan() -> None:
+    """Choices too many for the launch that ranks them are sorted: the same plan, and the same bits."""
+    from s2o_inductor.kernels import triton_moe_plan as plans
+
+    made = leaves(case("choices outside"))
+    ranked, first = plans.Plan.of(made.ids, 5, 16), made.run(moe_experts)
+    most, plans._RANKED_CHOICES = plans._RANKED_CHOICES, 0
+    try:
+        found, second = plans.Plan.of(made.ids, 5, 16), made.run(moe_experts)
+    finally:
+        plans._RANKED_CHOICES = most
+    for name in ("keys", "order", "firsts"):
+        assert torch.equal(getattr(found, name).long(), getattr(ranked, name).long()), name
+    for rows in (16, 32):
+        tiles = found.tiles(rows)
+        assert torch.equal(tiles, ranked.tiles(rows)) and int(tiles[0, 0]) <= found.bound(rows) == tiles.shape[0] - 1
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def check_only_what_is_wanted() -> None:
+    """A gradient is the same whether it is alone or among others, and nothing else is computed with it."""
+    made = leaves(typed(problem(ExpertSpec("silu", "half", "input"), 5, 2, 3, 8, 8, bias=True), torch.float16))
+    whole = made.run(moe_experts)
+    for name, x in made.tensors().items():
+        frozen = {other: y.detach() for other, y in made.tensors().items() if other != name}
+        part = dataclasses.replace(made, **frozen)
+        out = moe_experts(part.z, part.w1, part.w2, part.ids, part.p, spec=part.spec, b1=part.b1, b2=part.b2)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        assert torch.equal(torch.autograd.grad(out, [x], grad)[0], whole[name]), name
+
+
+def check_repeats_and_ignores_strangers() -> None:
+    """The same bits every time, and NaN in a token touches no other one and no expert that it did not choose."""
+    made = leaves(case("weights on hidden rows"))
+    first = made.run(moe_experts)
+    assert all(torch.equal(x, y) for x, y in zip(first.values(), made.run(moe_experts).values(), strict=True))
+    ids = torch.where(made.ids == 4, 3, made.ids)
+    ids[0] = 4
+    z = made.z.detach().clone()
+    z[0] = float("nan")
+    found = dataclasses.replace(made, ids=ids, z=z.requires_grad_()).run(moe_experts)
+    assert found["output"][0].isnan().all() and found["output"][1:].isfinite().all()
+    for name in ("w1", "w2", "b1"):
+        assert found[name][4].isnan().any() and found[name][:4].isfinite().all(), name
+
+
+def check_nothing_to_do() -> None:
+    for tokens, choices in ((0, 2), (3, 0)):
+        made = problem(ExpertSpec("silu", "half"), tokens, choices).to(torch.float16)
+        assert all(not x.any() for x in made.run(moe_experts).values())
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    **{name: (lambda name=name: check(case(name))) for name in CASES},
+    "nothing kept": lambda: check(case("weights on the input"), keep=False),
+    **{f"random {seed}": (lambda seed=seed: check(*random_case(seed))) for seed in range(12)},
+    "programs that share tiles": check_shared_tiles,
+    "a sorted plan": check_sorted_plan,
+    "every tile height": check_every_tile_height,
+    "only what is wanted": check_only_what_is_wanted,
+    "repeats and ignores strangers": check_repeats_and_ignores_strangers,
+    "nothing to do": check_nothing_to_do,
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return interpreter.report_of(__file__)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_experts_kernels_in_the_interpreter(name: str, report: dict[str, str]) -> None:
+    assert report[name] == "", report[name]
+
+
+@settings(max_examples=60)
+@given(tokens=st.integers(1, 100_000), choices=st.integers(1, 22), experts=st.integers(1, 600),
+       width=st.integers(1, 8000), dtype=st.sampled_from((torch.bfloat16, torch.float32)),
+       room=st.sampled_from((48 << 10, 227 << 10)))  # fmt: skip
+def test_tiles_and_parts_fit_the_call(
+    tokens: int, choices: int, experts: int, width: int, dtype: torch.dtype, room: int
+) -> None:
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import cuda_moe
+
+    facts = cuda_moe.Facts(dtype, tokens * choices, experts, 132, room)
+    assert 1 <= facts.parts(width, width) <= max(1, width // 64)
+    for tiles in (
+        cuda_moe.first_tiles(facts, width, True), cuda_moe.second_tiles(facts, width), cuda_moe.hidden_tiles(facts),
+        cuda_moe.outer_tiles(facts),
+    ):  # fmt: skip
+        for tile in tiles:
+            for size in (tile.rows, tile.keys, tile.depth):
+                assert size >= 16 and size & (size - 1) == 0
+    # Shares of the gradient of p are counted in blocks of the first config's columns.
+    assert len({tile.keys for tile in cuda_moe.hidden_tiles(facts)}) == 1
+
+
+def main() -> None:
+    from s2o_inductor import moe_ops
+    from s2o_inductor.kernels import cuda_moe
+
+    moe_ops._kernels = lambda device: cuda_moe  # what a CUDA device would run
+    interpreter.main(CHECKS)
+
+
+if __name__ == "__main__":
+    main()
