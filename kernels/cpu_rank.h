@@ -12,8 +12,7 @@
 
 namespace s2o {
 
-// The keys [low, high) of a prefix, in columns (D, kKeys) as `transpose` makes them of each kKeys keys from the first
-// on;
+// The keys [low, high) of a prefix, in columns (D, kKeys) as `transpose` makes them of each kKeys of all keys;
 // `allowed` is null, or tells which of all keys may be seen.
 struct Prefix {
   const float* columns;

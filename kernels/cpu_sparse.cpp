@@ -39,7 +39,7 @@ struct Problem {
   int64_t clusters;  // without them the tail is dropped
   int64_t threads;
   double scale, max_density, limit;  // the limit in units of log 2
-  double full;  // of a prefix: more expected than this, and all of it is read unranked; 1 never
+  double full;                       // the share of a prefix that a tile may be expected to read without reading all
 };
 
 namespace {
@@ -88,8 +88,8 @@ class Worker {
   Ranker ranker_;
   Forecaster forecaster_;
   std::vector<Voter> voters_;
-  Buffer queries_;   // of the voters
-  bool everything_;  // all of the prefix is read, whatever the rule says
+  Buffer queries_;              // of the voters
+  bool everything_ = false;     // all of the prefix is read, whatever the rule says
   std::vector<int32_t> order_;  // of the prefix, counted from low_
   std::vector<int64_t> counts_, read_, active_;
   std::vector<float> estimate_;
@@ -146,7 +146,7 @@ void Worker::flush(Chunk& chunk) {
 }
 
 // Fills order_ with the keys of the prefix that may be seen: by falling score, or, where all of them are read whatever
-// the order, by position.
+// the order, by position. That is so for budgets of 0, for a single bundle, and where the rule would read nearly all.
 void Worker::rank() {
   order_.clear();
   for (int64_t j = 0; j < high_ - low_; ++j)
@@ -347,4 +347,6 @@ bool attend(const Problem& p) {
 }  // namespace
 
 // 0, or 1 when memory ran out.
-extern "C" int s2o_cpu_sparse(const Problem* problem) { return make_columns(*problem) && make_groups(*problem) && attend(*problem) ? 0 : 1; }
+extern "C" int s2o_cpu_sparse(const Problem* problem) {
+  return make_columns(*problem) && make_groups(*problem) && attend(*problem) ? 0 : 1;
+}
