@@ -329,14 +329,14 @@ bool make_columns(const Problem& p) {
   });
 }
 
-// Attention; false when memory ran out. Tiles with the longest prefix come first, and the result of a tile does not
-// depend on who computes it.
+// Attention; false when memory ran out. Head after head, so that its keys stay in cache, tiles with the longest prefix
+// first, so that short ones are left for the end. The result of a tile does not depend on who computes it.
 bool attend(const Problem& p) {
   const int64_t before = p.length - p.queries, first = before / p.tile;
   const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, heads = p.batch * p.kv_heads;
   return on_threads(p.threads, heads * tiles, [&]() {
     return [&, worker = Worker(p)](int64_t task) mutable {
-      const int64_t t = tiles - 1 - task / heads, head = task % heads;
+      const int64_t head = task / tiles, t = tiles - 1 - task % tiles;
       const int64_t start = std::max(before, (first + t) * p.tile);
       const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
       worker.run(head / p.kv_heads, head % p.kv_heads, t, start, end, tiles);
