@@ -29,7 +29,7 @@ from s2o_inductor.kernels import cpu_sparse
 from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.sparse_policy import Geometry
 
-SHAPES = (((8, 2), 128), ((8, 8), 64), ((1, 1), 64))  # query and key/value heads, width
+SHAPES = ("8/2x128", "8/8x64", "1/1x64")  # query heads / key/value heads x width
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -109,9 +109,17 @@ def compare(name: str, inputs: list[Tensor], budgets: list[float], repeats: int,
         )
 
 
+def shape(text: str) -> tuple[int, int, int]:
+    """8/2x128 as (8, 2, 128)."""
+    heads, _, width = text.partition("x")
+    queries, _, keys = heads.partition("/")
+    return int(queries), int(keys), int(width)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[shape(text) for text in SHAPES])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -134,9 +142,9 @@ def main() -> None:
                 inputs = [saved[name][:, :, :length].to(dtype).contiguous() for name in ("q", "k", "v")]
                 compare(args.file.stem, inputs, args.budgets, args.repeats, CLOCKS[args.clock])
                 continue
-            for heads, width in SHAPES:
+            for queries, keys, width in args.shapes:
                 for make in (flat, structured):
-                    inputs = [x.to(dtype) for x in make(length, heads, width)]
+                    inputs = [x.to(dtype) for x in make(length, (queries, keys), width)]
                     compare(make.__name__, inputs, args.budgets, args.repeats, CLOCKS[args.clock])
 
 

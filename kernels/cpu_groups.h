@@ -12,8 +12,8 @@
 
 namespace s2o {
 
-// The keys of a block with their values, zeros where they are hidden, `allowed` null or which of them are not, and where
-// its groups go: `first` is the number of the first of them.
+// The keys of a block with their values, zeros where they are hidden, `allowed` null or which of them are not, and
+// where its groups go: `first` is the number of the first of them.
 struct Block {
   const float *k, *v;
   int64_t k_stride, v_stride;
@@ -24,8 +24,8 @@ struct Block {
   float *mean, *spread, *mean_v;  // (clusters, D), (clusters, D), (clusters, Dv)
 };
 
-// Features, keys and values each over the root mean square of their deviation from their mean in the block, are never
-// made: the products of a centre with them are those of the keys and values with a centre divided twice.
+// Features are keys and values, each over the root mean square of their deviation from their mean in the block. They
+// are never made: their products with a centre are those of keys and values with a mean divided twice.
 class Grouper {
  public:
   // Of every block: its keys, and the sizes of `Geometry`. Variances are multiplied by `factor`.

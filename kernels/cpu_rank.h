@@ -13,8 +13,8 @@
 
 namespace s2o {
 
-// The keys [low, high) of a prefix, in columns (D, kKeys) as `transpose` makes them of each kKeys keys from the first
-// on; `allowed` is null, or tells which of all keys may be seen.
+// The keys [low, high) of a prefix, in columns (D, kKeys) as `transpose` makes them of each kKeys of all keys;
+// `allowed` is null, or tells which of all keys may be seen.
 struct Prefix {
   const float* columns;
   int64_t low, high, width;
@@ -178,7 +178,8 @@ inline void Ranker::weigh_keys(const Prefix& prefix) {
   }
 }
 
-// The logits (count, kKeys) of one chunk of keys. More vectors of keys where there are few means keep as many sums going.
+// The logits (count, kKeys) of one chunk of keys. Where there are few means, more vectors of keys at a time keep as
+// many sums going.
 inline void Ranker::multiply_keys(const Prefix& prefix, int64_t chunk) {
   const float* columns = prefix.columns + chunk * kKeys * prefix.width;
   float* logits = logits_.of(count_ * kKeys);
@@ -192,7 +193,7 @@ inline void Ranker::multiply_keys(const Prefix& prefix, int64_t chunk) {
       multiply_all<2>(rows_.data(), count_, columns + j, kKeys, prefix.width, logits + j, kKeys);
 }
 
-// The sum over means of how far the share of each key of the prefix is from that of one key of its group; 0 where it is
+// Of each key of the prefix the sum over means of how far its share is from that of one key of its group; 0 where it is
 // hidden.
 inline const float* Ranker::score_keys(const Prefix& prefix, const Groups& groups) {
   const int64_t first = prefix.low / kKeys, chunks = (prefix.high + kKeys - 1) / kKeys - first;

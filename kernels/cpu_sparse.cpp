@@ -40,7 +40,7 @@ struct Problem {
   int64_t clusters;  // without them the tail is dropped
   int64_t threads;
   double scale, max_density, limit;  // the limit in units of log 2
-  double full;  // of a prefix: more expected than this, and all of it is read unranked; 1 never
+  double full;                       // the share of a prefix that a tile may be expected to read without reading all
 };
 
 namespace {
@@ -91,8 +91,8 @@ class Worker {
   Ranker ranker_;
   Forecaster forecaster_;
   std::vector<Voter> voters_;
-  Buffer queries_, means_;  // of the voters and of their parts
-  bool everything_;  // all of the prefix is read, whatever the rule says
+  Buffer queries_, means_;       // of the voters and of their parts
+  bool everything_ = false;      // all of the prefix is read, whatever the rule says
   std::vector<int32_t> runs_;    // of the prefix, in the order they are read
   std::vector<int32_t> order_;   // their keys that may be seen, counted from low_
   std::vector<int64_t> edges_;   // how many of these come before each bundle, and in all
@@ -151,7 +151,8 @@ void Worker::flush(Chunk& chunk) {
 }
 
 // Fills order_ with the keys of the prefix that may be seen: by falling score of their runs, or, where all of them are
-// read whatever the order, by position.
+// read whatever the order, by position. That is so for budgets of 0, for a single bundle, and where the rule would read
+// nearly all.
 void Worker::rank() {
   const int64_t run = p_.run;
   runs_.clear();
@@ -193,8 +194,8 @@ void Worker::average(int64_t parts, float* mean) const {
     }
 }
 
-// Whether the tile can be expected to read so much of its prefix, `total` keys that may be seen, that it had better read
-// all of it.
+// Whether the tile can be expected to read so much of its prefix, `total` keys that may be seen, that it had better
+// read all of it.
 bool Worker::expects_all(const Prefix& prefix, int64_t total) {
   const int64_t parts = std::min(kVoters, rows_);
   average(parts, means_.of(group_ * parts * p_.width));
@@ -368,14 +369,14 @@ bool make_columns(const Problem& p) {
   });
 }
 
-// Attention; false when memory ran out. Tiles with the longest prefix come first, and the result of a tile does not
-// depend on who computes it.
+// Attention; false when memory ran out. Head after head, so that its keys stay in cache, tiles with the longest prefix
+// first, so that short ones are left for the end. The result of a tile does not depend on who computes it.
 bool attend(const Problem& p) {
   const int64_t before = p.length - p.queries, first = before / p.tile;
   const int64_t tiles = (p.length + p.tile - 1) / p.tile - first, heads = p.batch * p.kv_heads;
   return on_threads(p.threads, heads * tiles, [&]() {
     return [&, worker = Worker(p)](int64_t task) mutable {
-      const int64_t t = tiles - 1 - task / heads, head = task % heads;
+      const int64_t head = task / tiles, t = tiles - 1 - task % tiles;
       const int64_t start = std::max(before, (first + t) * p.tile);
       const int64_t end = std::min(p.length, (first + t + 1) * p.tile);
       worker.run(head / p.kv_heads, head % p.kv_heads, t, start, end, tiles);

@@ -12,9 +12,9 @@
 
 namespace s2o {
 
-// Runs tasks 0 to `tasks`, exclusive, handed out one by one in this order, on up to `threads` threads. `make` gives each
-// thread a worker of its own, a function of a task's number. False when memory ran out. Threads live for one call, so
-// that a process may fork between calls.
+// Runs tasks 0 to `tasks`, exclusive, handed out one by one in this order, on up to `threads` threads. `make` gives
+// each thread a worker of its own, a function of a task's number. False when memory ran out. Threads live for one
+// call, so that a process may fork between calls.
 template <class Make>
 bool on_threads(int64_t threads, int64_t tasks, const Make& make) {
   std::atomic<int64_t> next{0};

@@ -143,6 +143,8 @@ class Ahead {
   int64_t which_ = 0, row_ = 0, at_ = 0;
 };
 
+// out[i][c] = the product of row i and column c, for VECS vectors of columns; `between` is called after each block of
+// rows.
 template <int VECS, class Between>
 void multiply_all(const float* const* rows, int64_t count, const float* columns, int64_t column_stride, int64_t depth,
                   float* out, int64_t out_stride, Between&& between) {
@@ -159,7 +161,7 @@ void multiply_all(const float* const* rows, int64_t count, const float* columns,
   multiply_all<VECS>(rows, count, columns, column_stride, depth, out, out_stride, [] {});
 }
 
-// output (width, kPanel) += for each feature, the sum over `count` keys of value times weight.
+// output (width, kPanel) += for each feature, the sum over `count` keys of value times weight; `between` as above.
 template <class Between>
 void accumulate_all(const float* const* values, int64_t count, const float* weights, int64_t width, float* output,
                     Between&& between) {

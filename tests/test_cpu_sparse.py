@@ -351,6 +351,19 @@ def test_equal_scores_are_taken_by_position(kind: str) -> None:
 
 
 @both
+@pytest.mark.parametrize("clusters", [0, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_runs_of_which_keys_are_hidden(kind: str, clusters: int, seed: int) -> None:
+    """A run is worth the mean of the keys that can be seen, and has its whole place in a bundle."""
+    keys = torch.rand(2, 200, generator=torch.Generator().manual_seed(seed)) < 0.4
+    options = {"keys": keys, "max_density": 0.3, "geometry": dataclasses.replace(SMALL, clusters=clusters)}
+    case = Problem(*example(seed), options)
+    gold, actual = case.reference(0.0), run(kind, case.q, case.k, case.v, **options)
+    assert torch.equal(actual.pairs, gold.pairs) and torch.equal(actual.visible, gold.visible)
+    torch.testing.assert_close(actual.output.double(), gold.output, atol=2e-5, rtol=2e-5)
+
+
+@both
 @pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (2, 0, 0)])
 def test_empty_sizes(kind: str, shape: tuple[int, int, int]) -> None:
     batch, queries, keys = shape
