@@ -129,7 +129,9 @@ class SparseProblem:
                     assert shown[chosen - low // run].all(), "a hidden run is listed"
                     rest = shown.clone()
                     rest[chosen - low // run] = False
-                    ends = scores.clamp(2.0**-23, 2.0**8)  # the first and last bins are open
+                    ends = scores.clamp(
+                        2.0**-23, 2.0**7
+                    )  # the first and last bins are open, and half of the first is 2^7
                     most = ends - noise * shares
                     later = torch.cat([most[chosen - low // run], most[rest]]).flip(0).cummax(0).values.flip(0)[:count]
                     allowed = (ends + noise * shares)[chosen - low // run] * BIN
