@@ -354,7 +354,7 @@ def test_equal_scores_are_taken_by_position(kind: str) -> None:
 @pytest.mark.parametrize("clusters", [0, 2])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_runs_of_which_keys_are_hidden(kind: str, clusters: int, seed: int) -> None:
-    """A run is worth the mean of the keys that can be seen, and has its whole place in a bundle."""
+    """A run is worth what the keys are worth that can be seen, and has its whole place in a bundle."""
     keys = torch.rand(2, 200, generator=torch.Generator().manual_seed(seed)) < 0.4
     options = {"keys": keys, "max_density": 0.3, "geometry": dataclasses.replace(SMALL, clusters=clusters)}
     case = Problem(*example(seed), options)
