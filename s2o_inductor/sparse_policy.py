@@ -41,7 +41,7 @@ class Geometry:
     sink: int = 256
     bundle: int = 512
     horizon: int = 8
-    sub_means: int = 2
+    sub_means: int = 4
     run: int = 8
     block: int = 256
     clusters: int = 4
