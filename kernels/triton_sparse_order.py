@@ -57,7 +57,7 @@ def _representatives_kernel(
 ):  # fmt: skip
     """Mean queries of one query head and tile: rows [member * SUB, (member + 1) * SUB) of means (.., MEANS, D).
 
-    A tile of fewer than SUB queries has fewer runs; rows without one are zero.
+    A tile of fewer than SUB queries has fewer parts; rows without one are zero.
     """
     members = MEANS // SUB
     member = tl.program_id(0) % members
@@ -67,19 +67,19 @@ def _representatives_kernel(
     batch = row // tiles // (heads // group)
     start = tl.maximum((first_tile + tile) * TILE, keys - queries)
     size = tl.minimum((first_tile + tile + 1) * TILE, keys) - start
-    runs = tl.minimum(SUB, size)
+    parts = tl.minimum(SUB, size)
     at = tl.arange(0, TILE // SUB)
     column = tl.arange(0, BLOCK_D)
     base = q_ptr + batch.to(tl.int64) * q_steps[0] + (kv_head * group + member).to(tl.int64) * q_steps[1]
-    for run in tl.static_range(SUB):
-        # As torch's tensor_split: the first runs take one query more.
-        length = size // runs + tl.where(size % runs > run, 1, 0)
-        length = tl.where((runs > run) & (member < group), length, 0)
-        begin = start - (keys - queries) + (size // runs) * run + tl.minimum(size % runs, run)
+    for part in tl.static_range(SUB):
+        # As torch's tensor_split: the first parts take one query more.
+        length = size // parts + tl.where(size % parts > part, 1, 0)
+        length = tl.where((parts > part) & (member < group), length, 0)
+        begin = start - (keys - queries) + (size // parts) * part + tl.minimum(size % parts, part)
         place = base + (begin + at).to(tl.int64)[:, None] * q_steps[2] + column[None, :]
         values = tl.load(place, mask=(at < length)[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
         mean = tl.sum(values, 0) / tl.maximum(length, 1).to(tl.float32)
-        to = means_ptr + (row.to(tl.int64) * MEANS + member * SUB + run) * D + column
+        to = means_ptr + (row.to(tl.int64) * MEANS + member * SUB + part) * D + column
         tl.store(to, mean.to(means_ptr.dtype.element_ty), mask=column < D)
 
 
