@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
         mask = None
         if padding is not None:
-            at = torch.arange(q.shape[2])
+            at = torch.arange(q.shape[2], device=q.device)
             mask = (at[None] <= at[:, None])[None, None] & padding[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
