@@ -1,29 +1,32 @@
 """Routed experts on one GPU: right first, then fast; beside torch's grouped products and batched ones.
 
-    python examples/bench_moe_gpu.py --quick                     # Nemotron 3 Super, five sizes, a minute
-    python examples/bench_moe_gpu.py --json out.json             # four models, T = 1 to 65,536, five minutes at most
-    python examples/bench_moe_gpu.py --sweep --models super      # ways to run each kernel, the best of each size
+    python examples/bench_moe_gpu.py --models super --tokens 8192,32,1,64,8,512   # a minute and a half
+    python examples/bench_moe_gpu.py --models qwen3,mixtral,deepseek              # two minutes
+    python examples/bench_moe_gpu.py --sweep --models super --tokens 8192         # ways to run each kernel
 
-bfloat16. A line is one call of the routed core: median microseconds of s2o, of the peers and the floor, which is the
-time the routed multiplications take at 790 TFLOP/s or reading the weights of the experts that were hit takes at
-the memory's copy speed, whichever is longer. Up to 64 tokens everything runs in CUDA graphs. Peers are the code of
-Hugging Face's experts: compiled by Inductor for the first model, run as it stands for the others. "zipf" draws
-experts with probabilities of 1 / rank.
+bfloat16. A line is one call of the routed core, printed cell by cell as it is measured: the floor, which is the time
+that the routed multiplications take at 790 TFLOP/s or reading the weights of the experts that were hit takes at the
+memory's copy speed, whichever is longer; then median microseconds of s2o and of each peer. "MB" is what a call
+allocates at its height, "B/token" what a forward pass holds for its backward pass beyond operands and result.
+"training" is forward and backward to every operand. Up to 64 tokens everything runs in CUDA graphs. Routing is even,
+"zipf", experts drawn with probabilities of 1 / rank, or "one", all tokens to the same K experts.
+
+Peers are Hugging Face's grouped and batched experts, compiled by Inductor. More can be given with --peers: Python files
+that define `peers(call) -> {name: function without arguments that returns (T, l)}`; see `Call` for its operands.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import json
-import multiprocessing
-import os
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +34,20 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sweep_moe import fits, stages_of, sweep, tiles_to_try
+from compile_moe import Shape, compiling, whole_call
+from sweep_moe import sweep, sweep_walks
 
 from s2o_inductor.kernels import cuda_moe, reference_moe
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
 
-TOKENS = (8192, 1, 32, 64, 8, 512, 65536)  # the most telling first: a run that is cut off has them
+TOKENS = (8192, 32, 1, 64, 8, 512, 65536)  # the most telling first: a run that is cut off has them
+SKEWED = (32, 8192)  # numbers of tokens that are routed unevenly, too
 PEAK = 790e12
 GRAPHED = 64
+TRAINED = 512  # from how many tokens on training is measured
+GATHERED_BYTES = 30e9  # most weights that the batched peer may copy
+FAILURES = (RuntimeError, TypeError, AssertionError, NotImplementedError)  # of a peer, or of a card too small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,14 @@ class Model:
 
     def flops(self, tokens: int) -> float:
         return float(tokens * self.choices * self.expert_bytes)  # two for each weight, of two bytes
+
+    def shape(self, tokens: int, training: bool) -> Shape:
+        device = torch.device("cuda", torch.cuda.current_device())
+        major, minor = torch.cuda.get_device_capability()
+        return Shape(
+            tokens, self.choices, self.experts, self.width, self.inner, self.spec, training,
+            *cuda_moe._device(device), 10 * major + minor,
+        )  # fmt: skip
 
 
 MODELS = {
@@ -93,11 +109,11 @@ def weights_of(model: Model) -> tuple[Tensor, Tensor]:
 
 def call_of(model: Model, weights: tuple[Tensor, Tensor], tokens: int, routing: str) -> Call:
     generator = torch.Generator("cuda").manual_seed(tokens)
-    noise = torch.rand(tokens, model.experts, generator=generator, device="cuda")
+    noise = torch.rand(1 if routing == "one" else tokens, model.experts, generator=generator, device="cuda")
     if routing == "zipf":  # the largest of u^(1/w) are a draw without repetition, proportional to w
         noise = noise.log_().mul_(torch.arange(1, model.experts + 1, device="cuda"))
-    p, ids = noise.topk(model.choices)
-    p = torch.softmax(torch.randn(p.shape, generator=generator, device="cuda"), 1)
+    ids = noise.topk(model.choices).indices.expand(tokens, -1).contiguous()
+    p = torch.softmax(torch.randn(ids.shape, generator=generator, device="cuda"), 1)
     z = torch.randn(tokens, model.width, generator=generator, device="cuda", dtype=torch.bfloat16)
     return Call(model, z, *weights, ids, p)
 
@@ -130,15 +146,27 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
 
 
-def peers_of(call: Call, name: str) -> dict[str, Callable[[], Tensor]]:
-    """The peers that can run a call; the first model's compiled."""
-    found: dict[str, Callable[..., Tensor]] = {"grouped_mm": grouped}
-    if call.ids.numel() * call.model.expert_bytes < 8e9:
-        found["batched_mm"] = batched
-    if name == "super":
-        found = {peer: compiled(function) for peer, function in found.items()}
+def load_peers(path: str) -> Callable[[Call], dict[str, Callable[[], Tensor]]]:
+    """The function `peers` of a Python file."""
+    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.peers  # type: ignore[no-any-return]
+
+
+def peers_of(call: Call, more: Sequence[Callable[[Call], dict[str, Callable[[], Tensor]]]]) -> dict[str, Any]:
+    """The peers that can run a call."""
+    functions: dict[str, Callable[..., Tensor]] = {"grouped_mm": grouped}
+    if call.z.shape[0] <= GRAPHED and call.ids.numel() * call.model.expert_bytes < GATHERED_BYTES:
+        functions["batched_mm"] = batched
     operands = (call.z, call.w1, call.w2, call.ids, call.p, call.model.spec)
-    return {peer: lambda function=function: function(*operands) for peer, function in found.items()}
+    found: dict[str, Callable[[], Tensor]] = {
+        name: functools.partial(compiled(function), *operands) for name, function in functions.items()
+    }
+    for peers in more:
+        found.update(peers(call))
+    return found
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -186,33 +214,49 @@ def bandwidth() -> float:
 
 
 def check(call: Call) -> float:
-    """Largest error of a few tokens' outputs and gradients, relative to the largest value, against float64."""
+    """Largest error of a few tokens' outputs, and gradients where training is measured, relative to the largest value.
+
+    Against float64, with the weights of their experts alone.
+    """
     tokens = sorted({0, call.z.shape[0] // 2, call.z.shape[0] - 1})
-    z, p = call.z.detach().requires_grad_(), call.p.detach().requires_grad_()
+    trained = call.z.shape[0] >= TRAINED
+    z, p = (x.detach().requires_grad_(trained) for x in (call.z, call.p))
     out = moe_experts(z, call.w1, call.w2, call.ids, p, spec=call.model.spec)
     grad = torch.randn_like(out)
-    found = (out, *torch.autograd.grad(out, (z, p), grad))
+    found = (out, *(torch.autograd.grad(out, (z, p), grad) if trained else ()))
     worst = 0.0
     for token in tokens:
         at = slice(token, token + 1)
         experts, here = call.ids[at].unique(return_inverse=True)
-        part = [x[at].detach().double().requires_grad_() for x in (z, p)]
+        part = [x[at].detach().double().requires_grad_(trained) for x in (z, p)]
         weights = (call.w1[experts].double(), call.w2[experts].double())
         gold = reference_moe.experts(part[0], *weights, here.view(1, -1), part[1], call.model.spec)
-        for actual, wanted in zip(found, (gold, *torch.autograd.grad(gold, part, grad[at].double())), strict=True):
-            worst = max(worst, float((actual[at].detach() - wanted.detach()).abs().max() / wanted.abs().max()))
+        wanted = (gold, *(torch.autograd.grad(gold, part, grad[at].double()) if trained else ()))
+        for actual, right in zip(found, wanted, strict=True):
+            error = (actual[at].detach() - right.detach()).abs().max() / right.detach().abs().max()
+            worst = max(worst, float(error))
     if not worst < 3e-2:
         raise SystemExit(f"experts are off by {worst:.2e}: {call.model}, {call.z.shape[0]} tokens")
     return worst
 
 
+def leaves_of(call: Call) -> tuple[Tensor, ...]:
+    return call.z, call.w1, call.w2, call.p
+
+
 def training(call: Call, run: Callable[[], Tensor]) -> Callable[[], Any]:
-    """`run` and its backward pass to every operand."""
-    leaves = (call.z, call.w1, call.w2, call.p)
-    for x in leaves:
-        x.requires_grad_()
+    """`run` and its backward pass to every operand, which want gradients."""
     grad = torch.randn_like(call.z)
-    return lambda: torch.autograd.grad(run(), leaves, grad)
+    return lambda: torch.autograd.grad(run(), leaves_of(call), grad)
+
+
+def held_bytes(run: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass holds for its backward pass, beyond operands and result."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = run()
+    return torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -225,140 +269,137 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def bench(call: Call, name: str, routing: str, speed: float, with_peers: bool) -> list[dict[str, Any]]:
-    """A line for inference and, from 512 tokens on, one for training."""
+def time_one(call: Call, run: Callable[[], Tensor], mode: str, expected: Tensor | None) -> float:
+    """Median microseconds; NaN, with the reason printed, of what does not run or is not what s2o gives."""
+    try:
+        if expected is not None:
+            off = float((run().detach() - expected).abs().max() / expected.abs().max())
+            if not off < 3e-2:
+                raise RuntimeError(f"its result is off by {off:.1e}")
+        if mode == "training":
+            return measure(training(call, run))
+        return measure(graphed(run) if call.z.shape[0] <= GRAPHED else run)
+    except FAILURES as error:
+        print(f"\n  {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return float("nan")
+    finally:
+        torch.cuda.empty_cache()
+
+
+def bench(call: Call, name: str, routing: str, speed: float, more: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """A line for inference and, from 512 tokens on, one for training; each is printed as it grows."""
     tokens, model, rows = call.z.shape[0], call.model, []
     bytes_read = float(call.ids.unique().numel() * model.expert_bytes)
-    for mode, factor in (("forward", 1), ("training", 3)) if tokens >= 512 else (("forward", 1),):
-        row: dict[str, Any] = {"model": name, "T": tokens, "routing": routing, "mode": mode}
+    for mode, factor in (("forward", 1), ("training", 3)) if tokens >= TRAINED else (("forward", 1),):
+        floor = 1e6 * factor * max(model.flops(tokens) / PEAK, bytes_read / speed)
+        row: dict[str, Any] = {"model": name, "T": tokens, "routing": routing, "mode": mode, "floor": floor}
         rows.append(row)
-        row["floor"] = 1e6 * factor * max(model.flops(tokens) / PEAK, bytes_read / speed)
-        wrap = (lambda run: training(call, run)) if mode == "training" else (graphed if tokens <= GRAPHED else None)
-        candidates: dict[str, Callable[[], Any]] = {"s2o": call.run}
-        if with_peers:
-            candidates.update(peers_of(call, name))
-        for which, plain in candidates.items():
-            if mode == "training" and which == "batched_mm":
-                continue
-            try:
-                run = plain if wrap is None else wrap(plain)
-                row[which] = measure(run)
-                if which == "s2o":
-                    row["MB"] = peak_bytes(run if mode == "training" else plain) / 1e6
-            except (RuntimeError, torch.OutOfMemoryError) as error:  # of a peer, or of a card too small
-                row[which] = float("nan")
-                print(f"{which}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        for x in (call.z, call.w1, call.w2, call.p):
-            x.requires_grad_(False)
-        row["TFLOP/s"] = factor * 1e-6 * model.flops(tokens) / row["s2o"]
-        row["s2o / floor"] = row["s2o"] / row["floor"]
+        say(f"{name} T={tokens} {routing} {mode}: floor {floor:.4g}")
+        for x in leaves_of(call):
+            x.requires_grad_(mode == "training")
+        with torch.set_grad_enabled(mode == "training"):
+            row["s2o"] = time_one(call, call.run, mode, None)
+            row["TFLOP/s"] = factor * 1e-6 * model.flops(tokens) / row["s2o"]
+            say(f"  s2o {row['s2o']:.4g} ({row['s2o'] / floor:.2f} floors, {row['TFLOP/s']:.4g} TFLOP/s")
+            if not math.isnan(row["s2o"]):
+                row["MB"] = peak_bytes(training(call, call.run) if mode == "training" else call.run) / 1e6
+                say(f", {row['MB']:.4g} MB")
+            if mode == "training" and not math.isnan(row["s2o"]):
+                row["B/token"] = held_bytes(call.run) / tokens
+                say(f", {row['B/token']:.4g} B/token")
+            say(")")
+            if more is not None and not math.isnan(row["s2o"]):
+                expected = call.run().detach()
+                for peer, run in peers_of(call, more).items():
+                    if mode == "training" and peer == "batched_mm":
+                        continue
+                    row[peer] = time_one(call, run, mode, expected)
+                    say(f"  {peer} {row[peer]:.4g}")
+                    if mode == "training" and not math.isnan(row[peer]):
+                        row[f"{peer} B/token"] = held_bytes(run) / tokens
+                        say(f" ({row[f'{peer} B/token']:.4g} B/token)")
+        say("\n")
+    for x in leaves_of(call):
+        x.requires_grad_(False)
     return rows
 
 
-# ----------------------------------------------------------------------------- compiling beforehand
+def say(text: str) -> None:
+    print(text, end="", flush=True)
 
 
-def facts_of(model: Model, tokens: int) -> cuda_moe.Facts:
-    device = cuda_moe._device(torch.device("cuda", torch.cuda.current_device()))
-    return cuda_moe.Facts(torch.bfloat16, tokens * model.choices, model.experts, *device)
-
-
-def compile_one(name: str, tokens: int, kernel: str | None, share: int, shares: int) -> None:
-    """Compiles, into Triton's cache, what a call of a model runs, or a share of what a sweep of a kernel does.
-
-    With as many experts as a token takes, for memory; what is compiled depends on the facts, which are the model's.
-    Inductor's cache is filled too, by the model itself.
-    """
-    if kernel == "peers":
-        call = call_of(MODELS[name], weights_of(MODELS[name]), tokens, "uniform")
-        for peer, run in peers_of(call, name).items():
-            (training(call, run) if tokens >= 512 and peer == "grouped_mm" else run)()
-            with torch.no_grad():
-                run()
-        return
-    model, facts = MODELS[name], facts_of(MODELS[name], tokens)
-    small = dataclasses.replace(model, experts=max(8, model.choices))
-    # Few choices and many are ordered by different kernels, into tables of different types.
-    call = call_of(small, weights_of(small), min(tokens, 2048 // model.choices + 1), "uniform")
-    if kernel is None:
-        cuda_moe.facts_of = lambda *_: facts  # type: ignore[assignment]
-        (training(call, call.run) if tokens >= 512 else call.run)()
-        with torch.no_grad():
-            call.run()
-    else:
-        run = stages_of(call)[kernel]
-        for tile, parts in tiles_to_try(facts, model.spec.halves > 1)[kernel][share::shares]:
-            fits(lambda: run(tile, parts))  # noqa: B023 - called at once
-    torch.cuda.synchronize()
-
-
-def compile_all(names: list[str], lengths: list[int], sweeping: bool, with_peers: bool) -> None:
-    """The same for all calls, side by side, so that the time measured goes to measuring."""
-    start, shares = time.time(), 4
-    jobs: list[tuple[str, int, str | None, int, int]] = []
-    for name in names:
-        for tokens in lengths:
-            kernels = tiles_to_try(facts_of(MODELS[name], tokens), False) if sweeping else [None]
-            jobs += [(name, tokens, kernel, i, shares) for kernel in kernels for i in range(shares if kernel else 1)]
-    if with_peers and not sweeping and "super" in names:
-        jobs = [("super", tokens, "peers", 0, 1) for tokens in (1, 8192) if tokens in lengths] + jobs
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=context) as pool:
-        for job, done in [(job, pool.submit(compile_one, *job)) for job in jobs]:
-            if (error := done.exception()) is not None:
-                print(f"compiling {job}: {error}", flush=True)
-    print(f"compiled in {time.time() - start:.0f} s", flush=True)
-
-
-def show(row: dict[str, Any]) -> None:
-    cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-    print("  ".join(cells), flush=True)
+def warm_peers(names: Sequence[str], lengths: Sequence[int], more: Sequence[Any]) -> None:
+    """Compiles the peers: for each formula once for one token and once for any other number, and for training."""
+    start = time.time()
+    few = [n for n in lengths if n < TRAINED]
+    sizes = [*({1} & set(few)), *([40] if any(n > 1 for n in few) else []), *([600] if len(few) < len(lengths) else [])]
+    for spec in {MODELS[name].spec: None for name in names}:
+        # No two sizes are alike: a compiler would take them for one.
+        call_model = Model(23, 5, 256, 320, spec)
+        for tokens in sizes:
+            call = call_of(call_model, weights_of(call_model), tokens, "uniform")
+            for trained in (False, True) if tokens >= TRAINED else (False,):
+                for x in leaves_of(call):
+                    x.requires_grad_(trained)
+                with torch.set_grad_enabled(trained):
+                    for peer, run in peers_of(call, more).items():
+                        try:
+                            (training(call, run) if trained else run)()
+                        except FAILURES as error:
+                            print(f"{peer}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    print(f"peers compiled in {time.time() - start:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--routing", default="uniform,zipf", help="zipf goes with 32 and 8,192 tokens alone")
-    parser.add_argument("--quick", action="store_true", help="Nemotron 3 Super alone, without the longest call")
+    parser.add_argument("--routing", default="uniform,zipf,one", help="uneven ones go with 32 and 8,192 tokens alone")
     parser.add_argument("--sweep", action="store_true", help="ways to run the kernels instead of whole calls")
     parser.add_argument("--no-peers", action="store_true", help="s2o alone")
+    parser.add_argument("--peers", action="append", default=[], metavar="FILE", help="a Python file with more peers")
     parser.add_argument("--seconds", type=float, default=280.0, help="begin nothing new after so long")
     parser.add_argument("--json", help="write the rows here as well")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; there is none")
     start, rows = time.time(), []
-    names = ["super"] if options.quick else options.models.split(",")
-    lengths = [int(x) for x in options.tokens.split(",") if not options.quick or int(x) < 65536]
-    speed = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e12:.2f} TB/s; times in us")
-    compile_all(names, lengths, options.sweep, not options.no_peers)
+    names, lengths = options.models.split(","), [int(x) for x in options.tokens.split(",")]
+    more = None if options.no_peers or options.sweep else [load_peers(path) for path in options.peers]
+    shapes = [MODELS[name].shape(n, n >= TRAINED) for name in names for n in lengths]
+    if options.sweep:
+        walks = [walk for shape in shapes for walk in sweep_walks(shape)]
+    else:
+        walks = [(whole_call, dataclasses.replace(s, training=t)) for s in shapes for t in {False, s.training}]
+    with compiling(walks):
+        speed = bandwidth()
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e12:.2f} TB/s; times in us")
+        if more is not None:
+            warm_peers(names, lengths, more)
     for name in names:
         weights = weights_of(MODELS[name])
         for tokens in lengths:
             for routing in options.routing.split(","):
-                if routing == "zipf" and (tokens not in (32, 8192) or options.sweep):
+                if routing != "uniform" and (tokens not in SKEWED or options.sweep):
                     continue
                 if time.time() - start > options.seconds:
                     print(f"left out: {name}, {tokens} tokens, {routing}", flush=True)
                     continue
                 call = call_of(MODELS[name], weights, tokens, routing)
                 if options.sweep:
-                    found = sweep(call, facts_of(call.model, tokens), measure)
-                    found = [{"model": name, "T": tokens, **row} for row in found]
-                    for row in found:
-                        show(row)
+                    for row in sweep(call, call.model.shape(tokens, False).facts, measure):
+                        rows.append({"model": name, "T": tokens, **row})
+                        print(
+                            "  ".join(f"{k} {v if isinstance(v, (str, int)) else f'{v:.4g}'}" for k, v in row.items())
+                        )
                 else:
                     error = check(call)
-                    found = bench(call, name, routing, speed, not options.no_peers)
-                    for row in found:
-                        show({**row, "error": error})
-                rows += found
+                    rows += [{**row, "error": error} for row in bench(call, name, routing, speed, more)]
                 if options.json:  # after every call: a run that is cut off leaves what it has
                     Path(options.json).write_text(json.dumps(rows, indent=1))
         del weights
         torch.cuda.empty_cache()
+    print(f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from s2o_inductor.kernels.triton_moe_tiles import Tile, rows_like
 
 if TYPE_CHECKING:
     from bench_moe_gpu import Call
+    from compile_moe import Shape, Walk
 
 
 def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
@@ -32,11 +33,11 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
 
     def second(tile: Tile, parts: int, a: Tensor, w: Tensor) -> None:
         kind = torch.float32 if parts > 1 else torch.bfloat16
-        y = torch.empty(parts, pairs, w.shape[1], dtype=kind, device="cuda")
+        y = torch.empty(parts, pairs, w.shape[1], dtype=kind, device=call.z.device)
         triton_moe_second.second([a], [w], None, plan, y, [tile])
 
     def hidden(tile: Tile, parts: int) -> None:
-        share = torch.empty(pairs, -(-call.model.inner // tile.keys), device="cuda")
+        share = torch.empty(pairs, -(-call.model.inner // tile.keys), device=call.z.device)
         where = (pre, call.model.inner, h, share)
         triton_moe_backward.hidden_backward(spec, call.z, call.w2, plan, p, pre, *where, [tile])
 
@@ -84,6 +85,24 @@ def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Til
     found["dw"] = backward + deep
     found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)]
     return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
+
+
+def sweep_stage(shape: Shape, kernel: str, tile: Tile, parts: int) -> None:
+    """One way to run a kernel, on tensors of the host: for `compile_moe`, which notes what is launched."""
+    from bench_moe_gpu import Call, Model
+
+    model = Model(shape.experts, shape.choices, shape.width, shape.inner, shape.spec)
+    w1 = torch.empty(shape.experts, shape.spec.halves * shape.inner, shape.width, dtype=torch.bfloat16)
+    w2 = torch.empty(shape.experts, shape.width, shape.inner, dtype=torch.bfloat16)
+    z = torch.empty(shape.tokens, shape.width, dtype=torch.bfloat16)
+    ids = torch.zeros(shape.tokens, shape.choices, dtype=torch.int64)
+    stages_of(Call(model, z, w1, w2, ids, torch.empty(ids.shape)))[kernel](tile, parts)
+
+
+def sweep_walks(shape: Shape) -> list[Walk]:
+    """What `sweep` runs, for `compile_moe.compiling`."""
+    tries = tiles_to_try(shape.facts, shape.spec.halves > 1)
+    return [(sweep_stage, shape, kernel, *way) for kernel, ways in tries.items() for way in ways]
 
 
 def fits(run: Callable[[], Any]) -> Any:
