@@ -106,8 +106,8 @@ def run_case(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geo
     }  # fmt: skip
 
 
-# Ways to run each kernel: rows, keys or groups at a time, warps, stages.
-SWEEP: dict[str, tuple[Any, str, list[tuple[int, int, int, int]]]] = {
+# Ways to run each kernel: rows, keys or groups at a time, warps, stages, and the most registers of a thread.
+SWEEP: dict[str, tuple[Any, str, list[tuple[int, ...]]]] = {
     "attend_kernel": (
         cuda_sparse, "attend_configs",
         [
@@ -118,7 +118,10 @@ SWEEP: dict[str, tuple[Any, str, list[tuple[int, int, int, int]]]] = {
     "tail_kernel": (
         cuda_sparse, "tail_configs", [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)]
     ),
-    "_scores_kernel": (ordering, "_configs", [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)]),
+    "scores_kernel": (
+        ordering, "_scores_configs",
+        [(128, 128, 8, 2, 128), (128, 128, 8, 2), (128, 64, 4, 2, 168), (128, 64, 4, 3), (128, 64, 8, 3)],
+    ),
 }  # fmt: skip
 
 

@@ -147,12 +147,16 @@ def section_heads(length: int, row_bytes: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One way to run a kernel: tile of query rows, tile of keys, warps, software-pipeline stages."""
+    """One way to run a kernel: tile of query rows, tile of keys, warps, software-pipeline stages.
+
+    `registers` is the most that a thread may take; None leaves it to the compiler.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Measured on an H200; elsewhere the first that fits runs.
@@ -236,7 +240,8 @@ def launch(
             return
         try:
             # The interpreter returns None here: it has nothing to keep.
-            compiled = kernel[(grid(config),)](*values, num_warps=config.warps, num_stages=config.stages)
+            options = {} if config.registers is None else {"maxnreg": config.registers}
+            compiled = kernel[(grid(config),)](*values, num_warps=config.warps, num_stages=config.stages, **options)
         except triton.runtime.errors.OutOfResources:
             _compiled[key] = None
             if config is configs[-1]:

@@ -42,11 +42,24 @@ def _load_bins(
     _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
     at = segment * SEGMENT + tl.arange(0, SEGMENT)
     first, last = (low - base) // RUN, (high - base) // RUN
-    bins = bins_ptr + row * room + at
-    own = tl.load(bins, mask=(at >= first) & (at < last), other=HIDDEN_BIN).to(tl.int32)
+    bins = bins_ptr + row * (room // SEGMENT) * SEGMENT + at
+    # Without a mask, and so sixteen at a time; what was not written does not count.
+    own = tl.where((at >= first) & (at < last), tl.load(bins).to(tl.int32), HIDDEN_BIN)
     before = tl.load(bins - 1, mask=(at > first) & (at <= last), other=HIDDEN_BIN).to(tl.int32)
     after = tl.load(bins + 1, mask=(at + 1 >= first) & (at + 1 < last), other=HIDDEN_BIN).to(tl.int32)
     return tl.where(own == HIDDEN_BIN, own, tl.minimum(own, tl.minimum(before, after) + _HALF))
+
+
+@triton.jit
+def _is_ranked(
+    row, segment, queries, keys, window, sink, first_tile, tile0, count, base, TILE: tl.constexpr, UNIT: tl.constexpr,
+    RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Whether a segment has runs of the row's prefix: in a causal call half of them have none."""
+    tile = first_tile + tile0 + (row % count).to(tl.int32)
+    _, _, low, high = tile_keys(tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    start = base + segment * SEGMENT * RUN
+    return (start < high) & (start + SEGMENT * RUN > low)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -58,11 +71,16 @@ def histogram_kernel(
     segments = room // SEGMENT
     segment = tl.program_id(0) % segments
     row = (tl.program_id(0) // segments).to(tl.int64)
+    to = starts_ptr + (row * segments + segment) * BINS + tl.arange(0, BINS)
+    if not _is_ranked(
+        row, segment, queries, keys, window, sink, first_tile, tile0, count, base, TILE, UNIT, RUN, CAUSAL, WINDOWED
+    ):  # fmt: skip
+        tl.store(to, tl.zeros((BINS,), tl.int32))
+        return
     number = _load_bins(
         bins_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tile0, count, base, room,
         TILE, UNIT, RUN, CAUSAL, WINDOWED,
     )  # fmt: skip
-    to = starts_ptr + (row * segments + segment) * BINS + tl.arange(0, BINS)
     tl.store(to, tl.histogram(number, BINS))
 
 
@@ -104,7 +122,12 @@ def place_kernel(
     segment = tl.program_id(0) % segments
     row = (tl.program_id(0) // segments).to(tl.int64)
     at = tl.arange(0, SEGMENT)
-    here = row * room + segment * SEGMENT
+    here = (row * segments + segment) * SEGMENT
+    tl.store(bundle_of_ptr + here + at, tl.full((SEGMENT,), UNLISTED, tl.int16))
+    if not _is_ranked(
+        row, segment, queries, keys, window, sink, first_tile, tile0, count, base, TILE, UNIT, RUN, CAUSAL, WINDOWED
+    ):  # fmt: skip
+        return
     listed = tl.load(listed_ptr + row)
     place = tl.load(starts_ptr + (row * segments + segment) * BINS + tl.arange(0, BINS))
     number = _load_bins(
@@ -114,8 +137,7 @@ def place_kernel(
     keep = (number < HIDDEN_BIN) & (tl.gather(place, number, 0) < listed)
     slot = tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(kept_ptr + here + slot, number * SEGMENT + at, mask=keep)
-    tl.store(bundle_of_ptr + here + at, tl.full((SEGMENT,), UNLISTED, tl.int16))
-    tl.debug_barrier()  # what is read below was written by other threads
+    tl.debug_barrier()  # what is read and overwritten below was written by other threads
     of_block = tl.arange(0, BN)
     kept = tl.sum(keep.to(tl.int32), 0)
     for first in tl.range(0, kept, BN):
