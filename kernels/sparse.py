@@ -108,8 +108,6 @@ def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor) -> str | No
     """Why the Triton kernels cannot run a call that is otherwise fit for them."""
     if not _has_triton():
         return "the sparse CUDA kernels need triton, which is not installed"
-    if call.spec.equal is not None:
-        return "the sparse CUDA kernels do not know packed documents"
     if call.route == "math":
         return "the dense route takes no Triton kernel here either"
     from s2o_inductor.kernels import cuda_sparse

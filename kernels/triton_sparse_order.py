@@ -38,6 +38,7 @@ from s2o_inductor.kernels.triton_sparse_tiles import (
     Tiling,
     gather_rows,
     load_allowed,
+    packed_keys,
     steps_of,
     tile_keys,
 )
@@ -107,10 +108,11 @@ def _group_scores(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _masses_kernel(
-    means_ptr, mean_k_ptr, variance_ptr, size_ptr, shift_ptr, heads, group, queries, keys, window, sink,
-    first_tile, tiles, groups, scale, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
-    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    means_ptr, mean_k_ptr, variance_ptr, size_ptr, shift_ptr, documents_ptr, heads, group, queries, keys, window,
+    sink, first_tile, tiles, groups, scale, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr, SUB: tl.constexpr,
+    MEANS: tl.constexpr, GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """What to subtract from base-2 scores of the representatives of GROUPED tiles: exp2 is then a share of the mean.
 
@@ -124,6 +126,7 @@ def _masses_kernel(
     tile = first + row // MEANS
     mean = row % MEANS
     start, stop, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, kv_bh // (heads // group), tile, tiles, low, high, PACKED)
     there = tile < tiles
     parts = tl.minimum(stop - start, SUB)
     counts = there & (mean < group * SUB) & (mean % SUB < parts)
@@ -163,11 +166,11 @@ def _squares(means, variance_ptr, scale, scale2):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _scores_kernel(
-    means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, before_ptr, bins_ptr, heads,
-    group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, scale, limit,
+    means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, before_ptr, documents_ptr,
+    bins_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, scale, limit,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, MEANS: tl.constexpr, GROUPED: tl.constexpr,
-    CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, MEANS: tl.constexpr,
+    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Bins (rows, room) of the runs of _SPAN keys for GROUPED of the tiles [tile0, tile0 + count)."""
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
@@ -186,6 +189,7 @@ def _scores_kernel(
     shift = tl.load(shift_ptr + place, mask=of_row < tiles, other=float("inf"))
     tile = first + tl.arange(0, GROUPED)
     _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
     high = tl.where(tile < tile0 + count, high, low)
     used = high > low
     begin = tl.maximum(base + span * _SPAN, tl.min(tl.where(used, low, keys)))
