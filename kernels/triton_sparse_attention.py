@@ -128,14 +128,15 @@ def attend_kernel(
         there = load_allowed(allowed_ptr, batch, keys, key, key < tl.where(step < before, low, last), KEYS)
         k = gather_rows(k_ptr, k_steps, batch, kv_head, key, there, True, D, BLOCK_D)
         products = tl.dot(q, k.T, input_precision="ieee")
-        visible = there[None, :] & exists[:, None]
+        if PACKED:  # a key that is not there has no query's document, and a query that is not there no key's
+            of_key = tl.load(key_documents_ptr + batch.to(tl.int64) * keys + key, mask=there, other=-2)
+            visible = of_key[None, :] == of_query[:, None]
+        else:
+            visible = there[None, :] & exists[:, None]
         if CAUSAL:
             visible = visible & (key[None, :] <= position[:, None])
         if WINDOWED:
             visible = visible & (key[None, :] > position[:, None] - window)
-        if PACKED:
-            of_key = tl.load(key_documents_ptr + batch.to(tl.int64) * keys + key, mask=there, other=-2)
-            visible = visible & (of_key[None, :] == of_query[:, None])
         pairs += tl.sum(visible.to(tl.int32), 1)
         v = gather_rows(v_ptr, v_steps, batch, kv_head, key, there, True, DV, BLOCK_DV)
         acc, peak, total = _update((acc, peak, total), tl.where(visible, products, float("-inf")), v, scale2)

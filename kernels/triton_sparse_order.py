@@ -167,8 +167,8 @@ def _squares(means, variance_ptr, scale, scale2):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _scores_kernel(
     means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, before_ptr, documents_ptr,
-    bins_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, scale, limit,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    bins_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups,
+    scale, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, MEANS: tl.constexpr,
     GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
