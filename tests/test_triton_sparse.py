@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"window": 190, "max_density": 0.4, "lengths": (120, 420)},
     "window and padding": {"batch": 2, "padded": True, "window": 190, "lengths": (70, 420), "layout": "gaps"},
     "documents": {"packed": "in a row", "max_density": 0.5, "lengths": (300, 640), "batch": 2},
-    "documents of whole tiles": {"packed": "tiles", "budgets": (0.3,), "lengths": (640, 640)},
+    "documents of whole tiles": {"packed": "tiles", "budgets": (0.3,), "lengths": (160, 640)},
     "documents that come back, padding and a window": {
         "packed": "again", "padded": True, "window": 300, "batch": 2, "max_density": 0.5, "lengths": (260, 520),
     },
