@@ -206,6 +206,18 @@ def test_packed_documents_are_approximated_each_by_itself(padded: bool) -> None:
 
 
 @torch.no_grad()
+def test_documents_without_causality_stay_exact() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, ids[:, None, :, None] == ids[:, None, None, :], enable_gqa=True)
+
+    inputs = (*peaked(), torch.arange(LENGTH)[None] // 700)
+    output = torch.compile(masked, backend="s2o", options=SPARSE)(*inputs)
+    assert relative(output, masked(*inputs)) < 1e-5
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["exact"] and "causal attention alone" in site["sparse_reason"]
+
+
+@torch.no_grad()
 def test_documents_in_any_order_are_right() -> None:
     """Ids that come in as they are: nothing tells the compiler that a document is in one piece."""
 
