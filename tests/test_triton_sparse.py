@@ -137,6 +137,23 @@ def check_documents() -> None:
         assert torch.equal(first[:, :, :-rows], getattr(whole, name)[:, :, :-rows]), name
 
 
+def check_other_documents() -> None:
+    """Keys of the document before change no row, and their NaN none of a tile without a row of it."""
+    ids = (torch.arange(512) >= 200).long()[None]
+    case = sparse_problem(lengths=(512, 512), max_density=0.4, heads=(1, 1), documents=(ids, ids))
+    clean = case.run()
+    for own in (0, 1):
+        other = (ids != own)[:, None, :, None]
+        for poison in (-3.0, float("nan")):
+            changed = dataclasses.replace(
+                case, k=case.k.masked_fill(other, poison), v=case.v.masked_fill(other, poison)
+            )
+            rows = ids[0] == own
+            if poison != poison:  # 0 times NaN: keys of a tile are multiplied with all of its rows
+                rows &= (torch.arange(512) < 128) | (torch.arange(512) >= 256)
+            assert torch.equal(changed.run().output[:, :, rows], clean.output[:, :, rows]), (own, poison)
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     **{name: (lambda fields=fields: sparse_problem(**fields).check()) for name, fields in CASES.items()},
     **{f"random {seed}": (lambda seed=seed: random_case(seed).check()) for seed in range(4)},
@@ -144,6 +161,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "prefill in chunks": check_chunks,
     "no look into the future": check_future,
     "documents by themselves": check_documents,
+    "no look into other documents": check_other_documents,
     "a table of the caller's": check_explicit_table,
     "budgets are monotone, 0 is exact": check_budgets_are_monotone,
 }
