@@ -2,19 +2,22 @@
 
     python examples/bench_cpu_sparse.py --lengths 8192 16384
     python examples/bench_cpu_sparse.py --file heads.pt
+    python examples/bench_cpu_sparse.py --documents 512 4096
 
 "flat" is standard normal: nothing to skip, the worst case. In "structured" a few keys are heavy for all queries, and
-neighbours are for each other. --file takes {"q", "k", "v"} saved by
-torch.save, cut to each length. Runs alternate and medians are compared, so that a busy machine disturbs both alike; the
-load average before a row tells how busy it was. What others take is not counted with --threads 1 --clock cpu, save for
-caches and memory. The density is the share of visible pairs that were computed, the
-error relative, mean over heads of mean |o - dense|^2 / mean |dense|^2.
+neighbours are for each other. --file takes {"q", "k", "v"} saved by torch.save, cut to each length. --documents packs
+documents of so many tokens; torch's SDPA then runs on one after the other, which takes less than a mask would. Runs
+alternate and medians are compared, so that a busy machine disturbs both alike; the load average before a row tells how
+busy it was. What others take is not counted with --threads 1 --clock cpu, save for caches and memory. The density is
+the share of visible pairs that were computed, the error relative, mean over heads of mean |o - dense|^2 over
+mean |dense|^2.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -62,16 +65,20 @@ def flat(length: int, heads: tuple[int, int], width: int) -> list[Tensor]:
     return [torch.randn(1, n, length, width, generator=generator) for n in (heads[0], heads[1], heads[1])]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's causal attention."""
+def dense(q: Tensor, k: Tensor, v: Tensor, document: int) -> Tensor:
+    """torch's causal attention, inside documents of so many tokens; 0 is one document."""
+    if document:
+        parts = zip(*(x.split(document, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([dense(*part, 0) for part in parts], dim=2)
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def sparse(q: Tensor, k: Tensor, v: Tensor, budget: float) -> Sparse:
+def sparse(q: Tensor, k: Tensor, v: Tensor, document: int, budget: float) -> Sparse:
     """S2O's; exact for budget 0."""
+    ids = (torch.arange(q.shape[2]) // document)[None] if document else None
     return cpu_sparse.forward(
-        q, k, v, scale=q.shape[3] ** -0.5, budgets=(budget,), causal=True, window=None, keys=None, max_density=1.0,
-        geometry=Geometry(),
+        q, k, v, scale=q.shape[3] ** -0.5, budgets=(budget,), causal=True, window=None, keys=None,
+        documents=None if ids is None else (ids, ids), max_density=1.0, geometry=Geometry(),
     )  # fmt: skip
 
 
@@ -89,20 +96,28 @@ def median_times(
     return [statistics.median(taken) for taken in times]
 
 
-def compare(name: str, inputs: list[Tensor], budgets: list[float], repeats: int, clock: Callable[[], float]) -> None:
+def compare(
+    name: str, inputs: list[Tensor], document: int, budgets: list[float], repeats: int, clock: Callable[[], float]
+) -> None:
     """Prints a row for each budget."""
     q, k, v = inputs
+    name += f" {document}" if document else ""
     load = os.getloadavg()[0]
     times = median_times(
-        [functools.partial(dense, q, k, v), *(functools.partial(sparse, q, k, v, b) for b in budgets)], repeats, clock
+        [
+            functools.partial(dense, q, k, v, document),
+            *(functools.partial(sparse, q, k, v, document, b) for b in budgets),
+        ],
+        repeats,
+        clock,
     )
-    exact = dense(q, k, v).double()
+    exact = dense(q, k, v, document).double()
     for budget, taken in zip(budgets, times[1:], strict=True):
-        result = sparse(q, k, v, budget)
+        result = sparse(q, k, v, document, budget)
         off = (result.output.double() - exact).square().mean(dim=(0, 2, 3)) / exact.square().mean(dim=(0, 2, 3))
         density = float(result.pairs.sum() / result.visible.sum())
         print(
-            f"{name:12}{q.shape[2]:7}  {q.shape[1]}/{k.shape[1]} x {q.shape[3]:<4} {str(q.dtype)[6:]:9}{budget:6.2f}"
+            f"{name:16}{q.shape[2]:7}  {q.shape[1]}/{k.shape[1]} x {q.shape[3]:<4} {str(q.dtype)[6:]:9}{budget:6.2f}"
             f"{times[0] * 1e3:9.0f}{taken * 1e3:8.0f}{times[0] / taken:7.2f}x{density:9.3f}{float(off.mean()):10.1e}"
             f"{load:6.1f}",
             flush=True,
@@ -125,13 +140,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the process, for --threads 1")
+    parser.add_argument("--documents", type=int, nargs="+", default=[0], help="tokens of each; 0: one document")
     parser.add_argument("--file", type=Path, help="real q, k and v to time instead of made ones")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads; ", end="")
     print(f"milliseconds ({args.clock}), median of {args.repeats}")
     print(
-        f"{'data':15}{'S':>4}  {'heads x D':12}{'dtype':8}{'budget':>7}{'SDPA':>9}{'s2o':>8}{'ratio':>8}{'density':>9}",
+        f"{'data':19}{'S':>4}  {'heads x D':12}{'dtype':8}{'budget':>7}{'SDPA':>9}{'s2o':>8}{'ratio':>8}{'density':>9}",
         end="",
     )
     print(f"{'error':>10}{'load':>6}")
@@ -140,12 +156,13 @@ def main() -> None:
             if args.file is not None:
                 saved = torch.load(args.file)
                 inputs = [saved[name][:, :, :length].to(dtype).contiguous() for name in ("q", "k", "v")]
-                compare(args.file.stem, inputs, args.budgets, args.repeats, CLOCKS[args.clock])
+                for document in args.documents:
+                    compare(args.file.stem, inputs, document, args.budgets, args.repeats, CLOCKS[args.clock])
                 continue
             for queries, keys, width in args.shapes:
-                for make in (flat, structured):
+                for make, document in itertools.product((flat, structured), args.documents):
                     inputs = [x.to(dtype) for x in make(length, (queries, keys), width)]
-                    compare(make.__name__, inputs, args.budgets, args.repeats, CLOCKS[args.clock])
+                    compare(make.__name__, inputs, document, args.budgets, args.repeats, CLOCKS[args.clock])
 
 
 if __name__ == "__main__":

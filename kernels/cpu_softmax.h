@@ -23,6 +23,7 @@ struct Chunk {
   const float* spread[kKeys];
   float bias[kKeys];
   int64_t position[kKeys];
+  int32_t document[kKeys];  // counts where rows have documents
 };
 
 // Sizes of a tile and what its queries, at positions start, start + 1, ..., see of a bounded chunk.
@@ -30,6 +31,7 @@ struct Rows {
   int64_t heads, count, width, value_width, start;
   bool causal;
   int64_t window;  // 0 is none
+  const int32_t* documents;  // of each query, null where every key is of all of them
 };
 
 class Softmax {
@@ -47,6 +49,10 @@ class Softmax {
     spreads_.of(kKeys * kPanel);
     squares_.of(kPanel * rows.width);
     zeros_.assign(rows.value_width, 0.0f);
+    if (rows.documents) {
+      std::fill_n(documents_.of(panels_ * kPanel), panels_ * kPanel, -1);
+      std::copy_n(rows.documents, rows.count, documents_.of(0));
+    }
   }
 
   void set_query(int64_t head, int64_t row, const float* query, float factor) {
@@ -62,6 +68,7 @@ class Softmax {
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t first = rows_.start + panel * kPanel;
       if (chunk.bounded && rows_.causal && first + kPanel <= chunk.position[0]) continue;
+      if (chunk.bounded && rows_.documents && !shares(panel, chunk)) continue;
       add_to_panel(head * panels_ + panel, first, chunk, ahead);
     }
   }
@@ -96,6 +103,15 @@ class Softmax {
   int64_t last_lane(int64_t first, int64_t position) const {
     return rows_.window ? std::clamp<int64_t>(position + rows_.window - first, 0, kPanel) : kPanel;
   }
+  // Whether a query of the panel and a key of the chunk are of one document.
+  bool shares(int64_t panel, const Chunk& chunk) {
+    const int32_t* own = documents_.of(0) + panel * kPanel;
+    for (int64_t j = 0; j < chunk.count; ++j) {
+      if (j && chunk.document[j] == chunk.document[j - 1]) continue;
+      if (std::find(own, own + kPanel, chunk.document[j]) != own + kPanel) return true;
+    }
+    return false;
+  }
   int64_t panel_of(int64_t head, int64_t row) const { return head * panels_ + row / kPanel; }
   void add_to_panel(int64_t panel, int64_t first, const Chunk& chunk, Ahead& ahead);
   void add_spread(const float* queries, const Chunk& chunk);
@@ -107,6 +123,7 @@ class Softmax {
   Buffer queries_, outputs_, peaks_, masses_, added_;
   Buffer scores_;  // (kKeys, kPanel) of one chunk, then its weights
   Buffer spreads_, squares_;  // (kKeys, kPanel) of one chunk and (D, kPanel) of one panel
+  Array<int32_t> documents_;  // of the queries of each panel, -1 where there is none
   std::vector<float> zeros_;
 };
 
@@ -121,6 +138,12 @@ inline void Softmax::add_to_panel(int64_t panel, int64_t first, const Chunk& chu
       std::fill(row, row + first_lane(first, chunk.position[j]), kHidden);
       std::fill(row + last_lane(first, chunk.position[j]), row + kPanel, kHidden);
     }
+  if (chunk.bounded && rows_.documents) {
+    const int32_t* own = documents_.of(0) + (first - rows_.start);
+    for (int64_t j = 0; j < chunk.count; ++j)
+      for (int i = 0; i < kPanel; ++i)
+        scores[j * kPanel + i] = own[i] == chunk.document[j] ? scores[j * kPanel + i] : kHidden;
+  }
 
   float *peak = peaks_.of(0) + panel * kPanel, *output = outputs_.of(0) + panel * kPanel * rows_.value_width;
   float *mass = masses_.of(0) + panel * kPanel, *added = added_.of(0) + panel * kPanel;
@@ -184,9 +207,11 @@ inline bool Softmax::separate_broken(int64_t first, const Chunk& chunk, const fl
     any = true;
     finite[j] = zeros_.data();
     const float* weight = scores_.of(0) + j * kPanel;
-    for (int64_t d = 0; d < rows_.value_width; ++d)
-      for (int64_t i = first_lane(first, chunk.position[j]); i < last_lane(first, chunk.position[j]); ++i)
-        output[d * kPanel + i] += weight[i] * value[d];
+    const int32_t* own = rows_.documents ? documents_.of(0) + (first - rows_.start) : nullptr;
+    for (int64_t i = first_lane(first, chunk.position[j]); i < last_lane(first, chunk.position[j]); ++i) {
+      if (own && own[i] != chunk.document[j]) continue;
+      for (int64_t d = 0; d < rows_.value_width; ++d) output[d * kPanel + i] += weight[i] * value[d];
+    }
   }
   return any;
 }

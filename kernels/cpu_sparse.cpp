@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_documents.h"
 #include "cpu_forecast.h"
 #include "cpu_groups.h"
 #include "cpu_rank.h"
@@ -30,6 +31,7 @@ struct Problem {
   int32_t *size, *member;              // (B, Hkv, P), (B, Hkv, Sk in whole chunks of kKeys): how many keys that may
                                        // be seen a group has, and the group of each key of whole blocks
   const uint8_t* keys;                 // (B, Sk), or null
+  s2o::DocumentTables documents;
   const float* budgets;                // (Hq,)
   float *output, *lse, *tail;          // (B, Sq, Hq, Dv), (B, Hq, Sq), (B, Hq, tiles)
   int64_t *bundles, *pairs, *visible;  // (B, Hq, tiles)
@@ -86,6 +88,7 @@ class Worker {
   int64_t b_, kv_head_, start_, end_, rows_, low_, high_, dense_pairs_;
   const float *k_, *v_;
   const uint8_t* keys_;
+  Documents documents_;
 
   Softmax softmax_;
   Ranker ranker_;
@@ -105,18 +108,21 @@ void Worker::run(int64_t b, int64_t kv_head, int64_t t, int64_t start, int64_t e
   k_ = p_.k + b * p_.k_strides[0] + kv_head * p_.k_strides[1];
   v_ = p_.v + b * p_.v_strides[0] + kv_head * p_.v_strides[1];
   keys_ = p_.keys ? p_.keys + b * p_.length : nullptr;
+  const int64_t query = start - (p_.length - p_.queries);
+  documents_ = p_.documents.of(b * tiles + t, b * p_.queries + query, rows_, b * p_.length);
   const int64_t unit = p_.block;
-  low_ = p_.sink;
+  low_ = std::max(p_.sink, documents_.low);
   if (p_.window && end > p_.window) low_ = std::max(low_, (end - p_.window + unit - 1) / unit * unit);
   high_ = std::max(low_, (p_.causal ? start / p_.tile * p_.tile : p_.length) / unit * unit);
   dense_pairs_ = 0;
   read_.assign(group_, 0);
   estimate_.assign(group_, 0.0f);
 
-  softmax_.start({group_, rows_, p_.width, p_.value_width, start, p_.causal != 0, p_.window});
+  softmax_.start({group_, rows_, p_.width, p_.value_width, start, p_.causal != 0, p_.window,
+                  documents_.differ() ? documents_.rows : nullptr});
   for (int64_t head = 0; head < group_; ++head)
     for (int64_t i = 0; i < rows_; ++i) softmax_.set_query(head, i, q_row(head, i), factor_);
-  const int64_t first = p_.window ? std::max<int64_t>(start - p_.window + 1, 0) : 0;
+  const int64_t first = std::max(documents_.first, p_.window ? std::max<int64_t>(start - p_.window + 1, 0) : 0);
   const int64_t last = p_.causal ? end : p_.length;
   read_densely(first, std::min(low_, last));
   read_densely(std::max(first, high_), last);
@@ -129,15 +135,17 @@ void Worker::run(int64_t b, int64_t kv_head, int64_t t, int64_t start, int64_t e
   write(t, tiles);
 }
 
-// Chunks of the keys [from, to) that may be seen.
+// Chunks of the keys [from, to) that some row may see.
 void Worker::read_densely(int64_t from, int64_t to) {
   Chunk chunk;
   for (int64_t j = from; j < to; ++j) {
     if (!allowed(j)) continue;
-    const int64_t unseen = (p_.causal ? std::max<int64_t>(j - start_, 0) : 0) +
-                           (p_.window ? std::max<int64_t>(end_ - (j + p_.window), 0) : 0);
-    dense_pairs_ += rows_ - unseen;
-    chunk.bounded |= unseen > 0;
+    const int64_t begin = p_.causal ? std::max<int64_t>(j - start_, 0) : 0;
+    const int64_t seen = documents_.share(begin, p_.window ? std::min(rows_, j + p_.window - start_) : rows_, j);
+    if (!seen) continue;
+    dense_pairs_ += seen;
+    chunk.bounded |= seen < rows_;
+    if (documents_.rows) chunk.document[chunk.count] = documents_.keys[j];
     chunk.k[chunk.count] = k_row(j), chunk.v[chunk.count] = v_row(j), chunk.position[chunk.count] = j;
     if (++chunk.count == kKeys) flush(chunk);
   }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from s2o_inductor.kernels import cpu_sparse_torch, native
 from s2o_inductor.kernels.dense import empty_heads_last, heads_last, lse_dtype
+from s2o_inductor.kernels.documents import Documents, check_documents
 from s2o_inductor.kernels.reference_sparse import Sparse, tiles_of
 from s2o_inductor.sparse_policy import Geometry
 
@@ -39,6 +40,7 @@ def forward(
     causal: bool,
     window: int | None,
     keys: Tensor | None,
+    documents: tuple[Tensor, Tensor] | None = None,
     max_density: float,
     geometry: Geometry,
     full: float = FULL,
@@ -54,6 +56,8 @@ def forward(
         causal: query i of Sq sees keys up to i + Sk - Sq.
         window: with `causal`, it sees the last `window` of these alone.
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
+        documents: with `causal`, integers of one type, (B, Sq) and (B, Sk), the documents of queries and keys: a query
+            sees keys of an equal number alone. None is one document.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes.
         full: a tile that is expected to read more than this share of its prefix reads all of it, which costs less than
@@ -63,10 +67,10 @@ def forward(
         `Sparse`: output in the dtype of q, stored as (B, Sq, Hq, Dv); lse and tail in float32, float64 for float64.
 
     Raises:
-        ValueError: sizes, budgets, shares or window are out of range.
+        ValueError: sizes, budgets, shares, window or documents are out of range.
         MemoryError: there is no memory for the scores of one tile per thread.
     """
-    _check(q, k, v, budgets, causal, window, keys, max_density, full)
+    _check(q, k, v, budgets, causal, window, keys, documents, max_density, full)
     budgets = tuple(budgets) * (q.shape[1] if len(budgets) == 1 else 1)
     wide = lse_dtype(q.dtype)
     # Converted once: a key is read by many tiles.
@@ -84,7 +88,8 @@ def forward(
     tail = torch.empty(batch, heads, tiles, dtype=wide)
     bundles, pairs, visible = (torch.empty(batch, heads, tiles, dtype=torch.int64) for _ in range(3))
     result = Sparse(output, lse, bundles, tail, pairs, visible)
-    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, max_density, full, geometry)
+    packed = None if documents is None or tiles == 0 else Documents.of(*documents, geometry)
+    run(result, wide_q, wide_k, wide_v, scale, budgets, causal, window, keys, packed, max_density, full, geometry)
     return dataclasses.replace(
         result, output=heads_last(output.to(q.dtype)), pairs=pairs.sum(dim=2), visible=visible.sum(dim=2)
     )
@@ -92,7 +97,7 @@ def forward(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, budgets: Sequence[float], causal: bool, window: int | None,
-    keys: Tensor | None, max_density: float, full: float,
+    keys: Tensor | None, documents: tuple[Tensor, Tensor] | None, max_density: float, full: float,
 ) -> None:  # fmt: skip
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
@@ -118,6 +123,8 @@ def _check(
         raise ValueError(
             f"keys must be bool (B, Sk) = {(k.shape[0], k.shape[2])}; got {keys.dtype} {tuple(keys.shape)}"
         )
+    if documents is not None:
+        check_documents(documents, q, k, causal)
 
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -129,7 +136,8 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *_fields(
-            "q k v tail_k tail_spread tail_v columns size member keys budgets output lse tail bundles pairs visible",
+            "q k v tail_k tail_spread tail_v columns size member keys query_documents key_documents tile_documents "
+            "budgets output lse tail bundles pairs visible",
             ctypes.c_void_p,
         ),
         *_fields("q_strides k_strides v_strides", ctypes.c_int64 * 3),
@@ -147,7 +155,8 @@ class _Native:
 
     def __call__(
         self, result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-        window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
+        window: int | None, keys: Tensor | None, documents: Documents | None, max_density: float, full: float,
+        geometry: Geometry,
     ) -> None:  # fmt: skip
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         exact = not any(budgets) and max_density == 1.0  # then nothing is ranked
@@ -164,6 +173,9 @@ class _Native:
             "size": q.new_empty(*groups, dtype=torch.int32),
             "member": q.new_empty(*heads, padded, dtype=torch.int32),
             "keys": None if keys is None else keys.contiguous(),
+            "query_documents": None if documents is None else documents.queries,
+            "key_documents": None if documents is None else documents.keys,
+            "tile_documents": None if documents is None else documents.tiles,
             "budgets": torch.tensor(budgets, dtype=torch.float32),
             **{field.name: getattr(result, field.name) for field in dataclasses.fields(result)},
         }

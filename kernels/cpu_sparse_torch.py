@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s2o_inductor.kernels.documents import Documents
 from s2o_inductor.kernels.reference_sparse import Sparse, run_order, run_scores, tiles_of
 from s2o_inductor.kernels.stop_rule import expected_share
 from s2o_inductor.kernels.tail_groups import Groups, groups_within, tail_groups, tail_logits
@@ -70,12 +71,13 @@ class _Softmax:
 
 def run(
     result: Sparse, q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: Sequence[float], causal: bool,
-    window: int | None, keys: Tensor | None, max_density: float, full: float, geometry: Geometry,
+    window: int | None, keys: Tensor | None, documents: Documents | None, max_density: float, full: float,
+    geometry: Geometry,
 ) -> None:  # fmt: skip
     """Fills `result`, whose pairs and visible are per tile, (B, Hq, tiles).
 
     The arguments are those of `cpu_sparse.forward` but for q, k and v, which are float32 or float64, k and v with
-    zeros at hidden keys, and for the budgets, one for each query head.
+    zeros at hidden keys, for the budgets, one for each query head, and for the documents.
     """
     groups = None
     if geometry.clusters and 0 not in (*q.shape, *k.shape):
@@ -93,12 +95,17 @@ def run(
             of_group = slice(head * group, (head + 1) * group)
             for t, (start, end) in enumerate(tiles_of(queries, length, geometry.tile)):
                 rows = slice(start - (length - queries), end - (length - queries))
-                spans = _spans(start, end, length, causal, window, geometry)
+                first, low = (0, 0) if documents is None else documents.tiles[b, t].tolist()
+                spans = _spans(start, end, length, causal, window, first, low, geometry)
                 tile = _Softmax(q[b, of_group, rows] * scale, v.shape[3])
                 every = torch.arange(group)
                 dense = torch.cat([torch.arange(first, last) for first, last in (spans[0], spans[2])])
                 dense = dense[allowed[dense]]
                 sees = _visible(torch.arange(start, end), dense, causal, window)
+                if documents is not None:
+                    sees &= documents.queries[b, rows, None] == documents.keys[b, dense]
+                    some = sees.any(dim=0)
+                    dense, sees = dense[some], sees[:, some]
                 if dense.numel():
                     tile.add(every, k[b, head, dense], v[b, head, dense], sees)
                 prefix = slice(*spans[1])
@@ -136,13 +143,16 @@ def run(
 
 
 def _spans(
-    start: int, end: int, length: int, causal: bool, window: int | None, geometry: Geometry
+    start: int, end: int, length: int, causal: bool, window: int | None, first: int, low: int, geometry: Geometry
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Keys that the tile [start, end) of queries reads densely before its prefix, the prefix, and those after it."""
+    """Keys that the tile [start, end) of queries reads densely before its prefix, the prefix, and those after it.
+
+    `first` is the least key that it may see at all, `low` the least that it may rank.
+    """
     unit = geometry.block
-    low, first = geometry.sink, 0
+    low = max(low, geometry.sink)
     if window is not None:
-        low, first = max(low, -(-(end - window) // unit) * unit), max(start - window + 1, 0)
+        low, first = max(low, -(-(end - window) // unit) * unit), max(start - window + 1, first)
     high = max(low, (start // geometry.tile * geometry.tile if causal else length) // unit * unit)
     last = end if causal else length
     return (first, max(first, min(low, last))), (low, high), (max(first, high), max(first, high, last))

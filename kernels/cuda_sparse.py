@@ -18,6 +18,7 @@ from torch import Tensor
 
 from s2o_inductor.kernels import triton_sparse_attention as kernels
 from s2o_inductor.kernels import triton_sparse_order as ordering
+from s2o_inductor.kernels.documents import Documents, check_documents
 from s2o_inductor.kernels.launching import Config, block_width, heads_last, launch, section_heads
 from s2o_inductor.kernels.operands import aligned, positive_scale
 from s2o_inductor.kernels.reference_sparse import Sparse
@@ -93,13 +94,15 @@ class _Call:
 
     @staticmethod
     def of(
-        q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: tuple[float, ...], tiling: Tiling, keys: Tensor | None
-    ) -> _Call:
+        q: Tensor, k: Tensor, v: Tensor, scale: float, budgets: tuple[float, ...], tiling: Tiling,
+        keys: Tensor | None, documents: tuple[Tensor, Tensor] | None,
+    ) -> _Call:  # fmt: skip
         """Operands checked, aligned, and with a scale above 0; results empty."""
         batch, heads = q.shape[:2]
         q, scale, _ = positive_scale(q, scale)
         q, k, v = aligned(q), aligned(k), aligned(v)
-        padding = Padding.of(keys, tiling.geometry.run)
+        packed = None if documents is None or 0 in q.shape else Documents.of(*documents, tiling.geometry)
+        padding = Padding.of(keys, tiling.geometry.run, packed)
         kinds = {
             "bundles": torch.int64, "tail": torch.float32, "pairs": torch.int64, "visible": torch.int64,
         }  # fmt: skip
@@ -170,6 +173,7 @@ def forward(
     causal: bool = True,
     window: int | None = None,
     keys: Tensor | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
     max_density: float = 1.0,
     geometry: Geometry = GEOMETRY,
     workspace_bytes: int = WORKSPACE_BYTES,
@@ -186,6 +190,8 @@ def forward(
         causal: query i of Sq sees keys up to i + Sk - Sq.
         window: with `causal`, it sees the last `window` of these alone.
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
+        documents: with `causal`, integers of one type, (B, Sq) and (B, Sk), the documents of queries and keys: a query
+            sees keys of an equal number alone. None is one document.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes; see `triton_sparse_tiles.Tiling` for those that the kernels take.
         workspace_bytes: tiles are worked on in ranges whose tables take no more than this, one tile at least.
@@ -196,9 +202,9 @@ def forward(
         bundle read.
 
     Raises:
-        ValueError: sizes, budgets, density, window or geometry are out of range.
+        ValueError: sizes, budgets, density, window, documents or geometry are out of range.
     """
-    tiling = _checked(q, k, v, budgets, causal, window, keys, geometry)
+    tiling = _checked(q, k, v, budgets, causal, window, keys, documents, geometry)
     if not 0 < max_density <= 1:
         raise ValueError(f"max_density must be in (0, 1]; got {max_density}")
     if not geometry.clusters:
@@ -206,7 +212,7 @@ def forward(
     density = fractions.Fraction(max_density).limit_denominator(1 << 20) or fractions.Fraction(1, 1 << 20)
     exact = tuple(_EXACT if budget == 0 else budget for budget in budgets)
     with _device_of(q):
-        call = _Call.of(q, k, v, _scale(q, scale), exact, tiling, keys)
+        call = _Call.of(q, k, v, _scale(q, scale), exact, tiling, keys, documents)
         if call.output.numel() == 0:
             return call.result()
         assert call.groups is not None
@@ -228,6 +234,7 @@ def attend(
     causal: bool = True,
     window: int | None = None,
     keys: Tensor | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
     geometry: Geometry = GEOMETRY,
     configs: list[Config] | None = None,
     tail: list[Config] | None = None,
@@ -239,14 +246,16 @@ def attend(
         k: (B, Hkv, Sk, D).
         v: (B, Hkv, Sk, Dv).
         table: int32 (B, Hkv, tiles, places), the runs of keys that a tile reads, in this order, each as its first
-            position over `geometry.run`; each at most once, inside the tile's prefix (`Tiling.prefix`), and with a key
-            that `keys` shows. Not checked: that would have to wait for the device.
+            position over `geometry.run`; each at most once, inside the tile's prefix (`Tiling.prefix`, and with
+            documents what `Documents.tiles` leaves of it), and with a key that `keys` shows. Not checked: that would
+            have to wait for the device.
         listed: int32 (B, Hkv, tiles), how many of the places count.
         scale: of the scores.
         budgets: as in `forward`, but 0 reads all that is listed.
         causal: as in `forward`, like what follows.
         window: see there.
         keys: see there.
+        documents: see there.
         geometry: see there.
         configs: instead of `attend_configs`.
         tail: instead of `tail_configs`.
@@ -254,7 +263,7 @@ def attend(
     Raises:
         ValueError: also when table or listed have another shape or type.
     """
-    tiling = _checked(q, k, v, budgets, causal, window, keys, geometry)
+    tiling = _checked(q, k, v, budgets, causal, window, keys, documents, geometry)
     shape = (q.shape[0], k.shape[1], tiling.count)
     if table.shape[:3] != shape or listed.shape != shape or {table.dtype, listed.dtype} != {torch.int32}:
         raise ValueError(
@@ -262,7 +271,7 @@ def attend(
             f"and {listed.dtype} {tuple(listed.shape)}"
         )
     with _device_of(q):
-        call = _Call.of(q, k, v, _scale(q, scale), budgets, tiling, keys)
+        call = _Call.of(q, k, v, _scale(q, scale), budgets, tiling, keys, documents)
         if call.output.numel() == 0:
             return call.result()
         of_bundle = geometry.bundle // geometry.run
@@ -324,7 +333,7 @@ def _device_of(q: Tensor) -> Iterator[None]:
 
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, budgets: tuple[float, ...], causal: bool, window: int | None,
-    keys: Tensor | None, geometry: Geometry,
+    keys: Tensor | None, documents: tuple[Tensor, Tensor] | None, geometry: Geometry,
 ) -> Tiling:  # fmt: skip
     """The tiles of a call whose arguments fit together."""
     batch, heads, queries, width = q.shape
@@ -344,6 +353,8 @@ def _checked(
         raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
     if keys is not None and (keys.dtype != torch.bool or keys.shape != (batch, length)):
         raise ValueError(f"keys must be bool {(batch, length)}; got {keys.dtype} {tuple(keys.shape)}")
+    if documents is not None:
+        check_documents(documents, q, k, causal)
     if (why := why_not(q, k, v, geometry)) is not None:
         raise ValueError(f"{why}; use exact attention")
     return Tiling(queries, length, causal, window, geometry)

@@ -82,6 +82,7 @@ class Call:
         lower, upper: the band lower <= k - q <= upper; None where it hides nothing at these sizes.
         mask: the dense mask (B or 1, Hq or 1, Sq or 1, Sk or 1), boolean or additive.
         plan: what `s2o::attention_mask` returned; empty when the band is all there is.
+        leaves, params: what the expressions were evaluated with.
         sinks, seed, scale, dropout_p: as in `s2o_inductor.ops.attention`.
         may_be_empty: whether some row may see no key, as far as sizes and band tell.
         route: name of the kernel that runs it.
@@ -92,6 +93,8 @@ class Call:
     upper: int | None
     mask: Tensor | None
     plan: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+    params: tuple[int, ...]
     sinks: Tensor | None
     seed: Tensor | None
     scale: float
@@ -160,7 +163,10 @@ class Call:
             dropout=dropout_p > 0.0,
         )
         route = choose_route(facts)
-        return cls(spec, lower, upper, mask, tuple(plan), sinks, seed, scale, dropout_p, may_be_empty, route)
+        tensors = tuple(plan), tuple(leaves)
+        return cls(
+            spec, lower, upper, mask, *tensors, tuple(params), sinks, seed, scale, dropout_p, may_be_empty, route
+        )  # fmt: skip
 
     @property
     def has_terms(self) -> bool:

@@ -91,6 +91,29 @@ def evaluate(
     return visible.expand(batch, *visible.shape[1:]).contiguous()
 
 
+def documents(
+    spec: MaskSpec,
+    leaves: Sequence[Tensor],
+    params: Sequence[int],
+    batch: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The values that ``spec.equal`` compares, of queries and of keys, hidden ones too: int64 (B, Sq) and (B, Sk).
+
+    Raises:
+        ValueError: an expression is outside the language or reads a leaf out of range (on CPU).
+    """
+    assert spec.equal is not None
+    b = torch.arange(batch, device=device)[:, None]
+    values = []
+    for text, name, length in ((spec.equal[0], "q", queries), (spec.equal[1], "k", keys)):
+        value = term(text, {"b": b, name: torch.arange(length, device=device)}, leaves, params, boolean=False)
+        values.append(value.expand(batch, length))
+    return values[0], values[1]
+
+
 def plan(
     mask: Tensor | None,
     leaves: Sequence[Tensor],

@@ -133,6 +133,7 @@ def sparse_attention(
     causal: bool = True,
     window: int | None = None,
     keys: Tensor | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
     rule: str = "tail",
     max_density: float = 1.0,
     share_order: bool = True,
@@ -146,6 +147,11 @@ def sparse_attention(
     before `start`, visible to every row, is its prefix: ranked, and read bundle by bundle until the rule stops it.
     Without causality the prefix is all keys but the sinks and a last incomplete block.
 
+    Of packed documents, the one that holds the last key of that prefix begins anew: its first `sink` keys, up to the
+    next whole block, are read densely and what follows is ranked, if all rows of the tile are of that document. A
+    tile that straddles documents ranks nothing. Either way a row reads keys of its own document alone, wherever they
+    are: an id that comes back after others is read densely where it was before.
+
     Args:
         q: (B, Hq, Sq, D), floating point.
         k: (B, Hkv, Sk, D), Sq <= Sk; query head h reads key/value head h // (Hq / Hkv).
@@ -155,6 +161,8 @@ def sparse_attention(
         causal: query i of Sq sees keys up to i + Sk - Sq.
         window: with `causal`, it sees the last `window` of these alone.
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
+        documents: with `causal`, integers (B, Sq) and (B, Sk), the documents of queries and keys: a query sees keys of
+            an equal number alone. None is one document.
         rule: see `stop_after`.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         share_order: query heads of one key/value head rank tokens together; each still stops by itself.
@@ -166,7 +174,7 @@ def sparse_attention(
         `Sparse`; a row that sees no key gets output 0 and lse -inf.
 
     Raises:
-        ValueError: sizes, budgets, density or window are out of range.
+        ValueError: sizes, budgets, density, window or documents are out of range.
     """
     geometry = geometry or Geometry()
     batch, heads, queries, width = q.shape
@@ -179,6 +187,11 @@ def sparse_attention(
         raise ValueError(f"max_density must be in (0, 1]; got {max_density}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window goes with causal attention and is at least 1; got {window}, causal={causal}")
+    if documents is not None and (not causal or [x.shape for x in documents] != [(batch, queries), (batch, length)]):
+        raise ValueError(
+            f"documents go with causal attention and are (B, Sq) and (B, Sk); got causal={causal} and "
+            f"{', '.join(str(tuple(x.shape)) for x in documents)} for B={batch}, Sq={queries} and Sk={length}"
+        )
     scale = width**-0.5 if scale is None else scale
     group = heads // kv_heads
     spans = tiles_of(queries, length, geometry.tile)
@@ -194,8 +207,9 @@ def sparse_attention(
             for t, (start, end) in enumerate(spans):
                 rows = slice(start - (length - queries), end - (length - queries))
                 of_group = slice(head * group, (head + 1) * group)
-                sees = _visible(start, end, length, causal, window, allowed)
-                low, high = _prefix(start, end, length, causal, window, geometry)
+                packed = None if documents is None else (documents[0][b, rows], documents[1][b])
+                sees = _visible(start, end, length, causal, window, allowed, packed)
+                low, high = _prefix(start, end, length, causal, window, geometry, packed)
                 prefix = slice(low, high)
                 hidden = ~allowed[prefix]
                 orders: list[Tensor] = []
@@ -258,21 +272,34 @@ def chosen_keys(
     return torch.stack(chosen)
 
 
-def _visible(start: int, end: int, length: int, causal: bool, window: int | None, allowed: Tensor) -> Tensor:
-    """bool (R, Sk): what each row of a tile sees."""
+def _visible(
+    start: int, end: int, length: int, causal: bool, window: int | None, allowed: Tensor,
+    documents: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """bool (R, Sk): what each row of a tile sees; `documents` (R,) and (Sk,)."""
     at = torch.arange(start, end, device=allowed.device)[:, None]
     key = torch.arange(length, device=allowed.device)
     sees = allowed.expand(end - start, length)
     if causal:
         sees = sees & (key <= at)
+    if documents is not None:
+        sees = sees & (documents[0][:, None] == documents[1])
     return sees if window is None else sees & (key > at - window)
 
 
-def _prefix(start: int, end: int, length: int, causal: bool, window: int | None, geometry: Geometry) -> tuple[int, int]:
+def _prefix(
+    start: int, end: int, length: int, causal: bool, window: int | None, geometry: Geometry,
+    documents: tuple[Tensor, Tensor] | None = None,
+) -> tuple[int, int]:  # fmt: skip
     """The keys [low, high) that a tile ranks: visible to all its rows, whole blocks, behind the sinks."""
     unit = geometry.block
     low = geometry.sink if window is None else max(geometry.sink, -(-(end - window) // unit) * unit)
     high = (start // geometry.tile * geometry.tile if causal else length) // unit * unit
+    if documents is not None and high > 0:
+        rows, keys = documents
+        others = (keys[:high] != keys[high - 1]).nonzero()
+        first = int(others[-1]) + 1 if len(others) else 0  # of the document that holds the last key
+        low = max(low, -(-(first + geometry.sink) // unit) * unit if (rows == keys[high - 1]).all() else high)
     return low, max(low, high)
 
 

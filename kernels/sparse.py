@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from s2o_inductor.kernels import cpu_sparse, dense, reference
+from s2o_inductor.kernels import mask as masks
 from s2o_inductor.kernels.mask import HIDDEN_KEY
 from s2o_inductor.sparse_policy import Geometry, SparsePolicy
 
@@ -65,12 +66,14 @@ def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparseP
         return f"no sparse kernel for {q.device.type!r} in this version"
     if all(budget == 0.0 for budget in policy.budgets) and not policy.candidates:
         return "budget 0"
-    if call.mask is not None or call.spec.rows or call.spec.equal or call.spec.at_most:
+    if call.mask is not None or call.spec.rows or call.spec.at_most:
         return f"mask terms {call.spec.terms()} are not ranked"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{q.dtype} is computed exactly"
     if call.dropout_p > 0.0:
         return "dropout"
+    if call.upper is None and call.spec.equal is not None:
+        return "documents without causality"
     if call.upper is None and call.lower is not None:
         return "a window without causality"
     if call.upper is not None and not 0 <= call.upper <= keys - queries:
@@ -136,6 +139,13 @@ def _visible_keys(call: dense.Call, end: int) -> Tensor | None:
     return None if call.spec.keys is None else call.plan[1][:, 0, :end] != HIDDEN_KEY
 
 
+def _documents(call: dense.Call, q: Tensor, end: int) -> tuple[Tensor, Tensor] | None:
+    """(B, Sq) and (B, end), the documents of queries and keys; None where there is one."""
+    if call.spec.equal is None:
+        return None
+    return masks.documents(call.spec, call.leaves, call.params, q.shape[0], q.shape[2], end, q.device)
+
+
 def _sparse(
     call: dense.Call, q: Tensor, k: Tensor, v: Tensor, budgets: tuple[float, ...], max_density: float
 ) -> tuple[Tensor, Tensor, Statistics]:
@@ -143,7 +153,8 @@ def _sparse(
     window = None if call.lower is None or call.upper is None else call.upper - call.lower + 1
     result = _kernel(q.device.type)(
         q, k[:, :, :end], v[:, :, :end], scale=call.scale, budgets=budgets, causal=call.upper is not None,
-        window=window, keys=_visible_keys(call, end), max_density=max_density, geometry=GEOMETRY,
+        window=window, keys=_visible_keys(call, end), documents=_documents(call, q, end), max_density=max_density,
+        geometry=GEOMETRY,
     )  # fmt: skip
     return result.output, result.lse, Statistics(result.pairs, result.visible, result.bundles, result.tail)
 
@@ -168,6 +179,9 @@ def _audit(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, output: Tensor, ro
         visible = visible & (key - at[:, None] <= call.upper)
     if call.lower is not None:
         visible = visible & (key - at[:, None] >= call.lower)
+    documents = _documents(call, q, end)
+    if documents is not None:
+        visible = visible & (documents[0][:, at, None] == documents[1][:, None])[:, None]
     padding = _visible_keys(call, end)
     if padding is not None:
         visible = visible & padding[:, None, None]

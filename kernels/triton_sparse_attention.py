@@ -23,6 +23,7 @@ from s2o_inductor.kernels.primitives import LN_2, LOG2_E, schedule, store_tile
 from s2o_inductor.kernels.triton_sparse_tiles import (
     gather_rows,
     load_allowed,
+    packed_keys,
     ranked_keys,
     ranked_runs,
     tile_keys,
@@ -76,11 +77,11 @@ def _finish(state, out_ptr, lse_ptr, batch, head, heads, query, queries, DV: tl.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend_kernel(
     q_ptr, q_steps, k_ptr, k_steps, v_ptr, v_steps, out_ptr, lse_ptr, table_ptr, listed_ptr, allowed_ptr, before_ptr,
-    runs_ptr, budgets_ptr, bundles_ptr, tail_ptr, pairs_ptr, visible_ptr, heads, group, queries, keys, window, sink,
-    first_tile, tiles, tile0, count, places, section, scale, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr, BUNDLE: tl.constexpr,
-    HORIZON: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BN: tl.constexpr,
+    runs_ptr, documents_ptr, query_documents_ptr, key_documents_ptr, budgets_ptr, bundles_ptr, tail_ptr, pairs_ptr,
+    visible_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count, places, section, scale,
+    TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    KEYS: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, BUNDLE: tl.constexpr, HORIZON: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp and statistics of one tile of one query head, before the tail.
 
@@ -94,6 +95,7 @@ def attend_kernel(
     head = bh % heads
     kv_head = head // group
     start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
     ranked = ranked_keys(before_ptr, batch, keys, low, high, KEYS)
     places_ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS) * RUN
     row = ((batch * (heads // group) + kv_head) * count + of_range).to(tl.int64)
@@ -111,6 +113,9 @@ def attend_kernel(
     # The dense part: [first, low) and [high, last), each in whole key tiles; most of them lie on an edge of the mask.
     last = end if CAUSAL else keys
     first = tl.maximum(start - window + 1, 0) if WINDOWED else start * 0
+    if PACKED:
+        first = tl.maximum(first, tl.minimum(tl.load(documents_ptr + (batch.to(tl.int64) * tiles + tile) * 2), last))
+        of_query = tl.load(query_documents_ptr + batch.to(tl.int64) * queries + query, mask=exists, other=-1)
     before = tl.cdiv(tl.maximum(tl.minimum(low, last) - first, 0), BN)
     after = tl.cdiv(tl.maximum(last - tl.maximum(high, first), 0), BN)
     if low == high:  # no prefix: one run of keys
@@ -123,7 +128,11 @@ def attend_kernel(
         there = load_allowed(allowed_ptr, batch, keys, key, key < tl.where(step < before, low, last), KEYS)
         k = gather_rows(k_ptr, k_steps, batch, kv_head, key, there, True, D, BLOCK_D)
         products = tl.dot(q, k.T, input_precision="ieee")
-        visible = there[None, :] & exists[:, None]
+        if PACKED:  # a key that is not there has no query's document, and a query that is not there no key's
+            of_key = tl.load(key_documents_ptr + batch.to(tl.int64) * keys + key, mask=there, other=-2)
+            visible = of_key[None, :] == of_query[:, None]
+        else:
+            visible = there[None, :] & exists[:, None]
         if CAUSAL:
             visible = visible & (key[None, :] <= position[:, None])
         if WINDOWED:
@@ -224,11 +233,11 @@ def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tail_kernel(
     q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, counts_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
-    runs_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count,
-    base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, BUNDLE: tl.constexpr, CLUSTERS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    runs_ptr, documents_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles,
+    tile0, count, base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, BUNDLE: tl.constexpr,
+    CLUSTERS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
 
@@ -241,6 +250,7 @@ def tail_kernel(
     head = bh % heads
     kv_bh = (batch * (heads // group) + head // group).to(tl.int64)
     start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
     ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
     row = kv_bh * count + of_range
     bundles = tl.load(bundles_ptr + bh.to(tl.int64) * tiles + tile).to(tl.int32)

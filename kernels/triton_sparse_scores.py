@@ -16,7 +16,7 @@ from s2o_inductor.kernels.launching import UNSPECIALIZED
 from s2o_inductor.kernels.primitives import LEAST_SCORE, LN_2, LOG2_E, load_tile
 from s2o_inductor.kernels.triton_sparse_groups import LEAST_ROWS
 from s2o_inductor.kernels.triton_sparse_table import HIDDEN_BIN, bins_of
-from s2o_inductor.kernels.triton_sparse_tiles import gather_rows, load_allowed, tile_keys
+from s2o_inductor.kernels.triton_sparse_tiles import gather_rows, load_allowed, packed_keys, tile_keys
 
 # Groups of the blocks that one program scores.
 SPAN_GROUPS = tl.constexpr(32)
@@ -81,10 +81,11 @@ def _group_scores(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def masses_kernel(
-    means_ptr, mean_k_ptr, variance_ptr, size_ptr, shift_ptr, heads, group, queries, keys, window, sink,
+    means_ptr, mean_k_ptr, variance_ptr, size_ptr, shift_ptr, documents_ptr, heads, group, queries, keys, window, sink,
     first_tile, tiles, groups, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
-    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr, SUB: tl.constexpr,
+    MEANS: tl.constexpr, GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """What to subtract from base-2 scores of the representatives of GROUPED tiles: exp2 is then a share of the mean.
 
@@ -97,6 +98,7 @@ def masses_kernel(
     tile = first + row // MEANS
     mean = row % MEANS
     start, stop, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, kv_bh // (heads // group), tile, tiles, low, high, PACKED)
     there = tile < tiles
     parts = tl.minimum(stop - start, SUB)
     counts = there & (mean < group * SUB) & (mean % SUB < parts)
@@ -151,11 +153,11 @@ def _head(x):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scores_kernel(
-    means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, bins_ptr, heads, group, queries,
-    keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, limit, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, KEYS: tl.constexpr, MEANS: tl.constexpr, GROUPED: tl.constexpr, CLUSTERS: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, documents_ptr, bins_ptr, heads,
+    group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, limit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, MEANS: tl.constexpr,
+    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Bins (rows, room) of the runs of `SPAN_GROUPS` groups' blocks for GROUPED of the tiles [tile0, tile0 + count).
 
@@ -171,6 +173,7 @@ def scores_kernel(
     kv_bh = tl.program_id(0) // spans // parts
     tile = first + tl.arange(0, GROUPED)
     _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, kv_bh // (heads // group), tile, tiles, low, high, PACKED)
     high = tl.where(tile < tile0 + count, high, low)
     used = high > low
     begin = tl.maximum(start, tl.min(tl.where(used, low, keys)))

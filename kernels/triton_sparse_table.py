@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED
-from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, tile_keys
+from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, packed_keys, tile_keys
 
 BINS = tl.constexpr(256)
 HIDDEN_BIN = tl.constexpr(255)  # not a run of the prefix, or not to be seen
@@ -31,8 +31,9 @@ def bins_of(scores):
 
 @triton.jit
 def _load_bins(
-    bins_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tile0, count, base, room,
-    TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    bins_ptr, documents_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count,
+    base, room, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The bins (SEGMENT,) of one segment of a row, HIDDEN_BIN outside the tile's prefix, where nothing was written.
 
@@ -40,6 +41,7 @@ def _load_bins(
     """
     tile = tile0 + (row % count).to(tl.int32)
     _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, row // count // (heads // group), tile, tiles, low, high, PACKED)
     at = segment * SEGMENT + tl.arange(0, SEGMENT)
     first, last = (low - base) // RUN, (high - base) // RUN
     bins = bins_ptr + row * (room // SEGMENT) * SEGMENT + at
@@ -64,8 +66,9 @@ def _is_ranked(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def histogram_kernel(
-    bins_ptr, starts_ptr, heads, group, queries, keys, window, sink, first_tile, tile0, count, base, room,
-    TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    bins_ptr, starts_ptr, documents_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count,
+    base, room, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """How many runs of one segment each bin has."""
     segments = room // SEGMENT
@@ -78,8 +81,8 @@ def histogram_kernel(
         tl.store(to, tl.zeros((BINS,), tl.int32))
         return
     number = _load_bins(
-        bins_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tile0, count, base, room,
-        TILE, UNIT, RUN, CAUSAL, WINDOWED,
+        bins_ptr, documents_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tiles, tile0,
+        count, base, room, TILE, UNIT, RUN, CAUSAL, WINDOWED, PACKED,
     )  # fmt: skip
     tl.store(to, tl.histogram(number, BINS))
 
@@ -109,9 +112,10 @@ def offsets_kernel(starts_ptr, listed_ptr, segments, numerator, denominator, BUN
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def place_kernel(
-    bins_ptr, starts_ptr, listed_ptr, kept_ptr, bundle_of_ptr, table_ptr, heads, group, queries, keys, window, sink,
-    first_tile, tile0, count, base, room, places, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BUNDLE: tl.constexpr, BN: tl.constexpr,
+    bins_ptr, starts_ptr, listed_ptr, kept_ptr, bundle_of_ptr, table_ptr, documents_ptr, heads, group, queries, keys,
+    window, sink, first_tile, tiles, tile0, count, base, room, places, TILE: tl.constexpr, UNIT: tl.constexpr,
+    RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr, BUNDLE: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """The runs of one segment to their places in the page table, and their bundles to `bundle_of`.
 
@@ -131,8 +135,8 @@ def place_kernel(
     listed = tl.load(listed_ptr + row)
     place = tl.load(starts_ptr + (row * segments + segment) * BINS + tl.arange(0, BINS))
     number = _load_bins(
-        bins_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tile0, count, base, room,
-        TILE, UNIT, RUN, CAUSAL, WINDOWED,
+        bins_ptr, documents_ptr, row, segment, heads, group, queries, keys, window, sink, first_tile, tiles, tile0,
+        count, base, room, TILE, UNIT, RUN, CAUSAL, WINDOWED, PACKED,
     )  # fmt: skip
     keep = (number < HIDDEN_BIN) & (tl.gather(place, number, 0) < listed)
     slot = tl.cumsum(keep.to(tl.int32), 0) - 1

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2o_inductor.kernels.documents import Documents
 from s2o_inductor.sparse_policy import Geometry
 
 # Number of a bundle that no token is in: what `bundle_of` holds where the order lists none.
@@ -38,6 +39,18 @@ def tile_keys(
         low = tl.maximum(tl.cdiv(tl.maximum(end - window, 0), UNIT) * UNIT, low)
     high = begin if CAUSAL else begin * 0 + keys
     return start, end, low, tl.maximum(high // UNIT * UNIT, low)
+
+
+@triton.jit
+def packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED: tl.constexpr):
+    """What is left of the prefixes [low, high) of tiles of packed documents; `tile` counts from the first.
+
+    `documents_ptr` (B, tiles, 2) is `Documents.tiles`.
+    """
+    if PACKED:
+        entry = documents_ptr + (batch.to(tl.int64) * tiles + tile) * 2
+        low = tl.maximum(low, tl.load(entry + 1, mask=tile < tiles, other=0))
+    return low, tl.maximum(high, low)
 
 
 @triton.jit
@@ -175,26 +188,31 @@ class Padding:
         allowed: uint8 (B, Sk), or None: all.
         before: int32 (B, Sk + 1), how many of the keys before each position may be seen, or None.
         runs: int32 (B, Sk // run + 1), the same of runs in which some key may be seen, or None.
+        documents: which keys of packed documents the queries see of these, or None: all.
     """
 
     allowed: Tensor | None = None
     before: Tensor | None = None
     runs: Tensor | None = None
+    documents: Documents | None = None
 
     @staticmethod
-    def of(keys: Tensor | None, run: int) -> Padding:
+    def of(keys: Tensor | None, run: int, documents: Documents | None = None) -> Padding:
         """From bool (B, Sk)."""
         if keys is None:
-            return Padding()
+            return Padding(documents=documents)
         some = keys[:, : keys.shape[1] // run * run].unflatten(1, (-1, run)).any(dim=2)
         before, runs = (torch.nn.functional.pad(x.cumsum(dim=1, dtype=torch.int32), (1, 0)) for x in (keys, some))
-        return Padding(keys.contiguous().view(torch.uint8), before, runs)
+        return Padding(keys.contiguous().view(torch.uint8), before, runs, documents)
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes of this."""
+        documents = self.documents
         return {
             "allowed_ptr": self.allowed, "before_ptr": self.before, "runs_ptr": self.runs,
-            "KEYS": self.allowed is not None,
+            "KEYS": self.allowed is not None, "PACKED": documents is not None,
+            "documents_ptr": documents and documents.tiles, "query_documents_ptr": documents and documents.queries,
+            "key_documents_ptr": documents and documents.keys,
         }  # fmt: skip
 
 

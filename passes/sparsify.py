@@ -60,6 +60,8 @@ def _why_exact(node: fx.Node, training: bool) -> str | None:
     spec = parse(rewrite.attention_spec(node))
     if spec.dense:
         return "its mask stays a tensor"
-    if spec.rows or spec.equal or spec.at_most:
+    if spec.equal and spec.upper is None:
+        return "packed documents are approximated with causal attention alone"
+    if spec.rows or spec.at_most:
         return "its mask has terms that sparse attention does not rank by"
     return "dropout" if node.args[_DROPOUT] != 0.0 else None

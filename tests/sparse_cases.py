@@ -42,6 +42,7 @@ class SparseProblem:
     causal: bool = True
     window: int | None = None
     keys: Tensor | None = None
+    documents: tuple[Tensor, Tensor] | None = None
     max_density: float = 1.0
     geometry: Geometry = SMALL
     _table: GroupTable | None = None
@@ -49,7 +50,8 @@ class SparseProblem:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            name: getattr(self, name) for name in ("budgets", "scale", "causal", "window", "keys", "geometry")
+            name: getattr(self, name)
+            for name in ("budgets", "scale", "causal", "window", "keys", "documents", "geometry")
         }  # fmt: skip
 
     def run(self, **options: Any) -> Sparse:
@@ -70,13 +72,15 @@ class SparseProblem:
     def order(self) -> tuple[Tensor, Tensor]:
         """Page table and counts of all tiles, as `forward` makes them."""
         from s2o_inductor.kernels import triton_sparse_order
+        from s2o_inductor.kernels.documents import Documents
         from s2o_inductor.kernels.operands import aligned, positive_scale
         from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 
         tiling = Tiling(self.q.shape[2], self.k.shape[2], self.causal, self.window, self.geometry)
         q, scale, _ = positive_scale(self.q, self.factor)
         k = aligned(self.k)
-        padding = Padding.of(self.keys, self.geometry.run)
+        packed = None if self.documents is None else Documents.of(*self.documents, self.geometry)
+        padding = Padding.of(self.keys, self.geometry.run, packed)
         ranking = triton_sparse_order.rank(aligned(q), k, scale, tiling, padding, self.group_table())
         density = fractions.Fraction(self.max_density).limit_denominator(1 << 20)
         order = triton_sparse_order.order(ranking, k, tiling, density, 0, tiling.count)
@@ -94,13 +98,20 @@ class SparseProblem:
             return 1.0
         return math.sqrt(self.q.shape[3] + self.k.shape[2])
 
-    def tiles(self) -> list[tuple[int, int, int, int]]:
-        """(start, end, low, high) of each tile, from the reference."""
-        length = self.k.shape[2]
+    def tiles(self, b: int) -> list[tuple[int, int, int, int]]:
+        """(start, end, low, high) of each tile of a batch entry, from the reference."""
+        length, fixed = self.k.shape[2], (self.causal, self.window, self.geometry)
         return [
-            (start, end, *reference_sparse._prefix(start, end, length, self.causal, self.window, self.geometry))
+            (start, end, *reference_sparse._prefix(start, end, length, *fixed, self._packed(b, start, end)))
             for start, end in reference_sparse.tiles_of(self.q.shape[2], length, self.geometry.tile)
         ]
+
+    def _packed(self, b: int, start: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """The documents of the queries of a tile and of all keys."""
+        if self.documents is None:
+            return None
+        before = self.k.shape[2] - self.q.shape[2]
+        return self.documents[0][b, start - before : end - before].cpu(), self.documents[1][b].cpu()
 
     def check(self, **options: Any) -> Sparse:
         """Asserts that result, statistics and stops are right for the order that was chosen, and the order itself."""
@@ -116,7 +127,7 @@ class SparseProblem:
         for b in range(k.shape[0]):
             for head in range(k.shape[1]):
                 groups = self._groups(b, head, torch.float32)
-                for t, (start, end, low, high) in enumerate(self.tiles()):
+                for t, (start, end, low, high) in enumerate(self.tiles(b)):
                     hidden = ~self._allowed(b)[low:high]
                     rows = slice(start - k.shape[2] + q.shape[2], end - k.shape[2] + q.shape[2])
                     ranked_by = (
@@ -162,8 +173,10 @@ class SparseProblem:
         budgets = self.budgets * heads if len(self.budgets) == 1 else self.budgets
         for b in range(batch):
             for h in range(heads):
-                for t, (start, end, first, last) in enumerate(self.tiles()):
-                    sees = reference_sparse._visible(start, end, length, self.causal, self.window, self._allowed(b))
+                for t, (start, end, first, last) in enumerate(self.tiles(b)):
+                    sees = reference_sparse._visible(
+                        start, end, length, self.causal, self.window, self._allowed(b), self._packed(b, start, end)
+                    )
                     rows = slice(start - length + queries, end - length + queries)
                     read = int(result.bundles[b, h, t])
                     chosen = torch.ones(length, dtype=torch.bool)
@@ -302,6 +315,7 @@ def sparse_problem(
     seed: int = 0,
     sharpness: float = 2.0,
     padded: bool = False,
+    packed: str = "",
     layout: str = "heads_last",
     device: str = "cpu",
     **options: Any,
@@ -313,9 +327,20 @@ def sparse_problem(
         options["keys"] = torch.rand(batch, lengths[1], generator=generator) < 0.7
         options["keys"][0] = torch.arange(lengths[1]) >= lengths[1] // 2
         options["keys"] = options["keys"].to(device)
+    if packed:
+        ids = packed_ids(packed, batch, lengths[1], generator).to(device)
+        options["documents"] = ids[:, lengths[1] - lengths[0] :], ids
     return SparseProblem(
         *(in_memory(x.to(device), layout) for x in (q * sharpness, k, v)), **options
     )  # fmt: skip
+
+
+def packed_ids(kind: str, batch: int, keys: int, generator: torch.Generator) -> Tensor:
+    """Documents of keys, (B, Sk): of any length "in a row", some coming back "again", or two of whole "tiles"."""
+    if kind == "tiles":
+        return (torch.arange(keys) >= keys // 2 // 128 * 128).long().expand(batch, -1)
+    ids = (torch.rand(batch, keys, generator=generator) < 1 / 150).cumsum(dim=1)
+    return ids % 2 if kind == "again" else ids
 
 
 def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> SparseProblem:
@@ -335,13 +360,14 @@ def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> Sparse
     dtypes = [torch.float16, torch.float32] if small else [torch.bfloat16] * 6 + [torch.float16, torch.float32]
     dtype, causal, padded = kind.choice(dtypes), kind.random() < 0.75, kind.random() < 0.25
     windowed = causal and kind.random() < 0.3
+    packed = kind.choice(["in a row", "again"]) if causal and kind.random() < 0.3 else ""
     kv_heads = draw.choice([1, 2])
     keys = draw.choice([1, 70, 300, 383] if small else [1, 63, 128, 500, 1000, 1777, 4500])
     queries = min(keys, draw.choice([1, 50, 128, 150] if small else [1, 17, 128, 300, 999, 1024]))
     heads = group * kv_heads
     return sparse_problem(
         draw.choice([1, 2]), (heads, kv_heads), (queries, keys), widths, dtype,
-        seed=seed, sharpness=draw.choice([0.5, 2.0, 5.0]), padded=padded, device=device,
+        seed=seed, sharpness=draw.choice([0.5, 2.0, 5.0]), padded=padded, packed=packed, device=device,
         layout=draw.choice(LAYOUTS), causal=causal, geometry=geometry,
         window=draw.choice([1, 100, 200, 5000]) if windowed else None,
         budgets=tuple(draw.choice([0.0, 0.01, 0.3, 0.9]) for _ in range(heads)),

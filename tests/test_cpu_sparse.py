@@ -69,10 +69,27 @@ class Problem:
             sees &= torch.arange(keys) <= at
         if self.options.get("window") is not None:
             sees &= torch.arange(keys) > at - self.options["window"]
-        allowed = self.options.get("keys")
+        allowed, documents = self.options.get("keys"), self.options.get("documents")
         sees = sees[None, None] if allowed is None else sees & allowed[:, None, None, :]
+        if documents is not None:
+            sees = sees & (documents[0][:, None, :, None] == documents[1][:, None, None, :])
         inputs = (x.to(dtype) for x in (self.q, self.k, self.v))
         return reference.attention(*inputs, visible=sees, scale=0.25)
+
+
+KINDS = ["in a row", "shuffled", "again", "of queries apart"]
+
+
+def documents(kind: str, batch: int, queries: int, keys: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ids of documents: numbered in a row, anyhow, such that one comes back after another, or queries' own."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(batch, keys, generator=generator) < 1 / 60).cumsum(dim=1)
+    if kind == "shuffled":
+        ids = (torch.randperm(keys + 1, generator=generator) - 3 << 40)[ids]
+    ids = ids % 2 if kind == "again" else ids
+    if kind == "of queries apart":
+        return torch.randint(0, 4, (batch, queries), generator=generator), ids
+    return ids[:, keys - queries :], ids
 
 
 @st.composite
@@ -103,6 +120,8 @@ def problems(draw: st.DrawFn, exact: bool = False) -> Problem:
     if draw(st.booleans()):
         rate = draw(st.sampled_from([0.1, 0.7]))
         options["keys"] = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) < rate
+    if causal and draw(st.booleans()):
+        options["documents"] = documents(draw(st.sampled_from(KINDS)), batch, queries, keys, seed)
     options["full"] = draw(st.sampled_from([1.0, 0.8, 0.4]))
     if not exact:
         options["max_density"] = draw(st.sampled_from([1.0, 1.0, 0.5]))
@@ -221,6 +240,47 @@ def test_no_row_is_reached_from_hidden_keys_or_from_outside_its_window(kind: str
     k[:, :, :60], v[:, :, :60] = poison, poison
     actual = run(kind, q, k, v, budget, window=50)
     assert torch.equal(actual.output[:, :, 109:], clean.output[:, :, 109:])
+
+
+@both
+@settings(max_examples=15)
+@given(
+    kind_of_ids=st.sampled_from(KINDS),
+    poison=st.sampled_from([NAN, float("inf")]),
+    budget=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_no_row_is_reached_from_another_document(
+    kind: str, kind_of_ids: str, poison: float, budget: float, seed: int
+) -> None:
+    q, k, v = example(seed)
+    ids = documents(kind_of_ids, 2, 200, 200, seed)
+    clean = run(kind, q, k, v, budget, documents=ids)
+    for b in range(2):
+        one = ids[0][b, 190]
+        other = torch.zeros(2, 200, dtype=torch.bool)
+        other[b] = ids[1][b] != one
+        poisoned = [x.masked_fill(other[:, None, :, None], poison) for x in (k, v)]
+        actual = run(kind, q, *poisoned, budget, documents=ids)
+        # Rows of other documents keep a tile that they share with ours from stopping, but its prefix is empty anyway.
+        own = ids[0][b] == one
+        assert torch.equal(actual.output[b][:, own], clean.output[b][:, own])
+        assert torch.equal(actual.lse[b][:, own], clean.lse[b][:, own])
+        assert torch.equal(actual.output[1 - b], clean.output[1 - b])
+
+
+@both
+def test_documents_are_ranked_from_their_own_sinks_on(kind: str) -> None:
+    """A tile inside a document reads less than all; one in which a document begins reads all of its own, no more."""
+    q, k, v = example(lengths=(320, 320))
+    ids = torch.arange(320) // 160 * torch.ones(2, 1, dtype=torch.int64)
+    packed = run(kind, q, k, v, 0.6, documents=(ids, ids))
+    for at in (slice(0, 160), slice(160, 320)):
+        alone = run(kind, q[:, :, at], k[:, :, at], v[:, :, at], 0.6)
+        torch.testing.assert_close(packed.output[:, :, at], alone.output, atol=1e-5, rtol=1e-5)
+        tiles = slice(at.start // SMALL.tile, at.stop // SMALL.tile)
+        assert torch.equal(packed.bundles[:, :, tiles], alone.bundles)
+    assert (packed.pairs < packed.visible).all()
 
 
 @both
@@ -404,6 +464,9 @@ def test_huge_scores(kind: str) -> None:
         ({"window": 0}, "at least 1"),
         ({"window": 3, "causal": False}, "goes with causal"),
         ({"keys": torch.ones(2, 199, dtype=torch.bool)}, "must be bool"),
+        ({"documents": (torch.zeros(2, 200), torch.zeros(2, 200))}, "integers of one type"),
+        ({"documents": (torch.zeros(2, 200).int(), torch.zeros(2, 9).int())}, r"\(2, 200\) and \(2, 200\); got .*9"),
+        ({"documents": (torch.zeros(2, 200).int(),) * 2, "causal": False}, "go with causal"),
     ],
 )
 def test_what_cannot_be_is_refused(kind: str, change: dict[str, Any], message: str) -> None:

@@ -176,6 +176,20 @@ def test_packed_documents() -> None:
         assert terms(site) == {CAUSAL, "segments"}
 
 
+@torch.no_grad()
+def test_long_packed_documents_may_be_approximated() -> None:
+    """What transformers finds in position_ids reaches the sparse kernel, and a tiny budget nothing is lost to."""
+    model, lengths = hf_models.build("llama"), (900, 80, 300)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    kwargs = {"input_ids": hf_models.tokens(1, sum(lengths)), "position_ids": positions, "use_cache": False}
+    eager = model(**kwargs).logits
+    options = {**AOT_EAGER, "min_seq": 512, "budget": 1e-6}
+    actual = torch.compile(model.forward, backend="s2o", fullgraph=True, options=options)(**kwargs).logits
+    assert float((actual - eager).norm() / eager.norm()) < 1e-4
+    for site in s2o_inductor.last_report().to_dict()["sites"]:
+        assert site["route"] == "cpu-s2o" and terms(site) == {CAUSAL, "segments"}
+
+
 def generated(model: nn.Module, call: Callable[..., Any], static: bool) -> Tensor:
     """Greedy tokens of a left-padded batch: a prefill and five steps."""
     kwargs = hf_models.inputs("llama", "left")

@@ -164,6 +164,78 @@ def test_padding_is_lifted_and_its_keys_are_never_read() -> None:
     assert relative(output[1, :, :1100], Model()(q, k, v, padding)[1, :, :1100]) < 0.2
 
 
+def packed_positions(*lengths: int, batch: int = 1) -> Tensor:
+    """Position ids (B, S) that begin anew with every document; of a second entry the documents come in reverse."""
+    rows = [torch.cat([torch.arange(n) for n in order]) for order in (lengths, lengths[::-1])]
+    return torch.stack(rows[:batch])
+
+
+class Packed(nn.Module):
+    """Causal attention inside documents, found in position ids as transformers does."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
+        ids = (torch.diff(positions, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        at = torch.arange(q.shape[2])
+        mask = (at[None] <= at[:, None]) & (ids[:, None, :, None] == ids[:, None, None, :])
+        if padding is not None:
+            mask = mask & padding[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_documents_are_approximated_each_by_itself(padded: bool) -> None:
+    total = LENGTH + 500
+    q, k, v = (0.5 * x for x in peaked(total, total, batch=2))  # less peaked: the tail counts
+    positions = packed_positions(LENGTH, 90, 410, batch=2)
+    padding = torch.rand(2, total) < 0.9 if padded else None
+    output = compiled(Packed(), audit=total)(q, k, v, positions, padding)
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["route"] == "cpu-s2o" and not site["exact"] and site["sparse"]["density"] < 1.0
+    exact = Packed()(q, k, v, positions, padding)
+    measured = (output - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
+    assert (measured > 1e-9).all() and (measured < 0.04).all()
+    (read,) = ops.statistics.values()
+    torch.testing.assert_close(read.error, measured, rtol=1e-2, atol=1e-9)
+    # The long document is what it is alone, first or last.
+    for b, at in ((0, slice(0, LENGTH)), (1, slice(500, total))):
+        parts = [x[b : b + 1, :, at] for x in (q, k, v)]
+        alone = compiled(Attention())(*parts, None if padding is None else padding[b : b + 1, at])
+        if b == 0:  # it begins with a block
+            torch.testing.assert_close(output[b, :, at], alone[0], rtol=1e-4, atol=1e-5)
+        assert relative(output[b, :, at], alone[0]) < 0.2
+
+
+@torch.no_grad()
+def test_documents_without_causality_stay_exact() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, ids[:, None, :, None] == ids[:, None, None, :], enable_gqa=True)
+
+    inputs = (*peaked(), torch.arange(LENGTH)[None] // 700)
+    output = torch.compile(masked, backend="s2o", options=SPARSE)(*inputs)
+    assert relative(output, masked(*inputs)) < 1e-5
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["exact"] and "causal attention alone" in site["sparse_reason"]
+
+
+@torch.no_grad()
+def test_documents_in_any_order_are_right() -> None:
+    """Ids that come in as they are: nothing tells the compiler that a document is in one piece."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2])
+        mask = (at[None] <= at[:, None]) & (ids[:, None, :, None] == ids[:, None, None, :])
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    q, k, v = peaked()
+    run = torch.compile(masked, backend="s2o", options={**SPARSE, "budget": 1e-9})
+    for ids in (torch.arange(LENGTH) // 700 % 2, torch.randint(0, 3, (LENGTH,)), -(torch.arange(LENGTH) // 900)):
+        output = run(q, k, v, ids[None])
+        assert relative(output, masked(q, k, v, ids[None])) < 1e-4
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["route"] == "cpu-s2o"
+
+
 @torch.no_grad()
 def test_a_mask_that_stays_a_tensor_stays_exact() -> None:
     q, k, v = peaked()
@@ -220,7 +292,11 @@ def sparse_arguments(policy: SparsePolicy, spec: str = CAUSAL, *params: int, **f
         ((300, 768), MaskSpec(upper="-1").text(), "before the first"),
         ((768, 768), MaskSpec(upper="0", lower="-300").text(), None),
         ((768, 768), MaskSpec(lower="-300").text(), "without causality"),
-        ((768, 768), MaskSpec(upper="0", equal=("q // 64", "k // 64")).text(), "not ranked"),
+        ((768, 768), MaskSpec(upper="0", equal=("q // 400", "k // 400")).text(), None),
+        ((768, 768), MaskSpec(equal=("q // 400", "k // 400")).text(), "documents without causality"),
+        ((300, 768), MaskSpec(upper="767", equal=("q // 400", "k // 400")).text(), "documents without causality"),
+        ((768, 768), MaskSpec(upper="0", rows="q > 3").text(), "not ranked"),
+        ((768, 768), MaskSpec(upper="0", at_most=("q // 4", "k // 4")).text(), "not ranked"),
         ((64, 768), MaskSpec(upper="704").text(), "fewer than a tile"),
         ((511, 511), CAUSAL, "shorter than min_seq=512"),
         ((300, 768), MaskSpec(upper="200").text(), "shorter than min_seq=512"),

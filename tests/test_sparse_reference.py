@@ -42,10 +42,25 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         mask["window"] = draw(st.integers(1, keys + 5))
     if draw(st.booleans()):
         mask["keys"] = torch.rand(batch, keys, generator=generator) < 0.8
+    if causal and draw(st.booleans()):
+        ids = packed_ids(draw(st.sampled_from(["in a row", "shuffled", "again"])), batch, keys, generator)
+        mask["documents"] = ids[:, keys - queries :], ids
     return q, k, v, mask
 
 
-def visible(q: Tensor, k: Tensor, causal: bool = True, window: int | None = None, keys: Tensor | None = None) -> Tensor:
+def packed_ids(kind: str, batch: int, keys: int, generator: torch.Generator) -> Tensor:
+    """Documents of keys, (B, Sk): numbered in a row, numbered anyhow, or such that one may come back after another."""
+    begins = torch.rand(batch, keys, generator=generator) < 1 / 40
+    ids = begins.cumsum(dim=1)
+    if kind == "shuffled":
+        return torch.randperm(keys + 1, generator=generator)[ids] - 3
+    return ids % 2 if kind == "again" else ids
+
+
+def visible(
+    q: Tensor, k: Tensor, causal: bool = True, window: int | None = None, keys: Tensor | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """bool (B, 1, Sq, Sk), written another way than the code under test."""
     queries, length = q.shape[2], k.shape[2]
     seen = torch.ones(queries, length, dtype=torch.bool)
@@ -53,6 +68,8 @@ def visible(q: Tensor, k: Tensor, causal: bool = True, window: int | None = None
         seen = seen.tril(length - queries)
     if window is not None:
         seen = seen.triu(length - queries - window + 1)
+    if documents is not None:
+        seen = seen & (documents[0][:, None, :, None] == documents[1][:, None, None, :])
     return seen if keys is None else seen & keys[:, None, None, :]
 
 
@@ -128,12 +145,74 @@ def test_chunks_of_whole_tiles_give_what_the_whole_prefill_gives(problem: Any, b
     whole = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
     parts = []
     for rows, end in ((slice(0, first), edge), (slice(first, queries), length)):
-        part = {**mask, "keys": mask["keys"][:, :end]} if "keys" in mask else mask
+        part = {**mask, "keys": mask["keys"][:, :end]} if "keys" in mask else dict(mask)
+        if "documents" in mask:
+            part["documents"] = mask["documents"][0][:, rows], mask["documents"][1][:, :end]
         parts.append(
             sparse_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], budgets=(budget,), geometry=SMALL, **part)
         )
     torch.testing.assert_close(torch.cat([part.output for part in parts], 2), whole.output, rtol=1e-9, atol=1e-9)
     assert torch.equal(torch.cat([part.bundles for part in parts], 2), whole.bundles)
+
+
+@QUICK
+@given(problems(), st.floats(0.1, 1), st.sampled_from(["in a row", "shuffled", "again"]), st.integers(0, 2**16))
+def test_nothing_of_another_document_reaches_a_row(problem: Any, budget: float, kind: str, seed: int) -> None:
+    """Not even its NaN, outside the tiles in which rows of both stand."""
+    q, k, v, mask = problem
+    queries, length = q.shape[2], k.shape[2]
+    ids = packed_ids(kind, q.shape[0], length, torch.Generator().manual_seed(seed))
+    mask = {**mask, "causal": True, "documents": (ids[:, length - queries :], ids)}
+    before = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    last = ids[:, -1:]
+    for poison in (1e3, float("nan")):
+        other = (ids != last)[:, None, :, None]
+        after = sparse_attention(
+            q, k.masked_fill(other, poison), v.masked_fill(other, poison), budgets=(budget,), geometry=SMALL, **mask
+        )
+        for b in range(q.shape[0]):
+            for start, end in tiles_of(queries, length, SMALL.tile):
+                own = ids[b, start:end] == last[b]
+                if own.all() or (own.any() and poison == 1e3):
+                    at = torch.arange(start, end)[own] - (length - queries)
+                    torch.testing.assert_close(after.output[b, :, at], before.output[b, :, at], rtol=1e-9, atol=1e-9)
+
+
+@QUICK
+@given(problems(), st.floats(0, 1), st.integers(-3, 3))
+def test_one_document_is_attention_without_documents(problem: Any, budget: float, number: int) -> None:
+    q, k, v, mask = problem
+    mask = {**mask, "causal": True, "documents": None}
+    plain = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    mask["documents"] = tuple(torch.full((q.shape[0], x.shape[2]), number) for x in (q, k))
+    packed = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    for field in dataclasses.fields(plain):
+        assert torch.equal(getattr(plain, field.name), getattr(packed, field.name)), field.name
+
+
+@QUICK
+@given(problems(), st.floats(0, 1), st.integers(0, 3), st.integers(0, 15))
+def test_a_document_that_begins_with_a_tile_gives_what_it_gives_alone(
+    problem: Any, budget: float, tiles: int, behind: int
+) -> None:
+    """Behind others and before others: what ends inside a tile keeps that tile from being ranked, all else is equal."""
+    q, k, v, mask = problem
+    q, mask = torch.cat([q[:, :, :1].expand(-1, -1, k.shape[2] - q.shape[2], -1), q], dim=2), {**mask, "causal": True}
+    mask.pop("documents", None)
+    alone = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    batch, length, before = q.shape[0], k.shape[2], tiles * SMALL.tile
+    wide = [torch.cat([3 * x.flip(2)[:, :, :1].expand(-1, -1, before, -1), x, x[:, :, :behind]], 2) for x in (q, k, v)]
+    total = wide[0].shape[2]
+    ids = torch.cat([torch.full((batch, n), i) for i, n in enumerate((before, length, total - before - length))], 1)
+    if "keys" in mask:
+        mask["keys"] = torch.nn.functional.pad(mask["keys"], (before, total - before - length), value=True)
+    packed = sparse_attention(*wide, budgets=(budget,), geometry=SMALL, documents=(ids, ids), **mask)
+    same = length // SMALL.tile * SMALL.tile if behind else length
+    torch.testing.assert_close(
+        packed.output[:, :, before : before + same], alone.output[:, :, :same], rtol=1e-9, atol=1e-9
+    )
+    numbers = slice(tiles, tiles - (-same // SMALL.tile))
+    assert torch.equal(packed.bundles[:, :, numbers], alone.bundles[:, :, : numbers.stop - tiles])
 
 
 @QUICK
@@ -316,6 +395,8 @@ def test_a_few_heavy_keys_are_found_wherever_they_are() -> None:
         ({"window": 0}, "window goes with causal attention and is at least 1; got 0"),
         ({"window": 4, "causal": False}, "causal=False"),
         ({"rule": "mean"}, 'rule must be "tail" or "gain"'),
+        ({"documents": (torch.zeros(1, 40), torch.zeros(1, 39))}, r"got causal=True and \(1, 40\), \(1, 39\) for B=1"),
+        ({"documents": (torch.zeros(1, 40), torch.zeros(1, 40)), "causal": False}, "documents go with causal"),
     ],
 )
 def test_bad_input_is_refused(fields: dict[str, Any], says: str) -> None:

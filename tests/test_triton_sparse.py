@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "padding": {"batch": 2, "padded": True, "max_density": 0.5, "budgets": (0.2,), "lengths": (60, 300)},
     "window": {"window": 190, "max_density": 0.4, "lengths": (120, 420)},
     "window and padding": {"batch": 2, "padded": True, "window": 190, "lengths": (70, 420), "layout": "gaps"},
+    "documents": {"packed": "in a row", "max_density": 0.5, "lengths": (300, 640), "batch": 2},
+    "documents of whole tiles": {"packed": "tiles", "budgets": (0.3,), "lengths": (160, 640)},
+    "documents that come back, padding and a window": {
+        "packed": "again", "padded": True, "window": 300, "batch": 2, "max_density": 0.5, "lengths": (260, 520),
+    },
     "not causal": {"causal": False, "max_density": 0.3, "lengths": (130, 340)},
     "groups of four, widths apart": {
         "heads": (4, 1), "widths": (40, 72), "budgets": (0.5,), "lengths": (60, 300), "layout": "every_other",
@@ -117,12 +122,46 @@ def check_budgets_are_monotone() -> None:
     assert torch.equal(exact.bundles, full.bundles) and not exact.tail.any()
 
 
+def check_documents() -> None:
+    """One document is no document; of two of whole tiles each gives what it gives alone, bit for bit."""
+    case = sparse_problem(lengths=(384, 384), max_density=0.4)
+    whole = case.run()
+    one = dataclasses.replace(case, documents=(torch.full((1, 384), 7),) * 2).run()
+    two = dataclasses.replace(case, documents=((torch.arange(384) // 128 > 0)[None].long(),) * 2).run()
+    behind = dataclasses.replace(case, q=case.q[:, :, 128:], k=case.k[:, :, 128:], v=case.v[:, :, 128:]).run()
+    for name in ("output", "lse", "bundles"):
+        first, last = getattr(two, name), getattr(behind, name)
+        rows = last.shape[2]
+        assert torch.equal(getattr(one, name), getattr(whole, name)), name
+        assert torch.equal(first[:, :, -rows:], last), name
+        assert torch.equal(first[:, :, :-rows], getattr(whole, name)[:, :, :-rows]), name
+
+
+def check_other_documents() -> None:
+    """Keys of the document before change no row, and their NaN none of a tile without a row of it."""
+    ids = (torch.arange(512) >= 200).long()[None]
+    case = sparse_problem(lengths=(512, 512), max_density=0.4, heads=(1, 1), documents=(ids, ids))
+    clean = case.run()
+    for own in (0, 1):
+        other = (ids != own)[:, None, :, None]
+        for poison in (-3.0, float("nan")):
+            changed = dataclasses.replace(
+                case, k=case.k.masked_fill(other, poison), v=case.v.masked_fill(other, poison)
+            )
+            rows = ids[0] == own
+            if poison != poison:  # 0 times NaN: keys of a tile are multiplied with all of its rows
+                rows &= (torch.arange(512) < 128) | (torch.arange(512) >= 256)
+            assert torch.equal(changed.run().output[:, :, rows], clean.output[:, :, rows]), (own, poison)
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     **{name: (lambda fields=fields: sparse_problem(**fields).check()) for name, fields in CASES.items()},
     **{f"random {seed}": (lambda seed=seed: random_case(seed).check()) for seed in range(4)},
     "tiles in ranges": check_ranges,
     "prefill in chunks": check_chunks,
     "no look into the future": check_future,
+    "documents by themselves": check_documents,
+    "no look into other documents": check_other_documents,
     "a table of the caller's": check_explicit_table,
     "budgets are monotone, 0 is exact": check_budgets_are_monotone,
 }
@@ -169,6 +208,7 @@ def problem_with(**fields: Any) -> SparseProblem:
         ({"keys": torch.ones(1, 29, dtype=torch.bool)}, r"keys must be bool \(1, 30\)"),
         ({"k": torch.zeros(1, 1, 10, 16, dtype=torch.float16), "v": torch.zeros(1, 1, 10, 16, dtype=torch.float16)},
          "as many keys as queries; got 20 and 10"),
+        ({"documents": (torch.zeros(1, 20).int(), torch.zeros(1, 20).int())}, r"\(1, 20\) and \(1, 30\)"),
         ({"q": torch.zeros(1, 2, 20, 16, dtype=torch.float64)}, "got torch.float64"),
         ({"v": torch.zeros(1, 2, 30, 16, dtype=torch.float16)}, "Hq a multiple of Hkv"),
         ({"geometry": Geometry(tile=96, sink=0, block=32)}, "tile of a power of two, 16 to 128; got 96"),

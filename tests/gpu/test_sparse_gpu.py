@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 from sparse_cases import SparseProblem, random_case, sparse_problem
-from test_sparse_backend import Attention, compiled, relative
+from test_sparse_backend import Attention, Packed, compiled, packed_positions, relative
 
 import s2o_inductor
 from s2o_inductor.sparse_policy import Geometry
@@ -68,6 +68,46 @@ def test_captured_in_a_cuda_graph() -> None:
     graph.replay()
     fresh = case.run()
     assert torch.equal(captured.output, fresh.output) and torch.equal(captured.bundles, fresh.bundles)
+
+
+def test_documents_move_in_a_cuda_graph() -> None:
+    """Where documents begin is read on the device: a replay follows ids that changed."""
+    case = sparse_problem(
+        2, (4, 2), (2500, 3000), (128, 128), torch.bfloat16, device="cuda", packed="in a row", budgets=(0.3,),
+        geometry=Geometry(bundle=64), padded=True,
+    )  # fmt: skip
+    case.check()
+    ids = torch.arange(3000, device="cuda").expand(2, -1)
+    queries, keys = (x.contiguous() for x in case.documents)
+    case = dataclasses.replace(case, documents=(queries, keys))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.run()
+    for size in (1100, 900):
+        keys.copy_(ids // size % 2)  # of the second size, one comes back
+        queries.copy_(keys[:, 500:])
+        graph.replay()
+        fresh = dataclasses.replace(case).check()
+        assert torch.equal(captured.output, fresh.output) and torch.equal(captured.bundles, fresh.bundles)
+
+
+@torch.no_grad()
+def test_packed_documents_through_the_backend() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, heads, 6144, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    k[:, :, ::61] *= 4
+    positions = packed_positions(4000, 100, 2044, batch=2).cuda()
+    model = Packed()
+    with torch.device("cuda"):
+        output = compiled(model, budget=0.5, audit=6144)(q, k, v, positions)
+        exact = model(q, k, v, positions)
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert (site["route"], site["exact"]) == ("cuda-s2o", False)
+    assert 0.0 < site["sparse"]["density"] < 1.0
+    error = relative(output.float(), exact.float())
+    assert error < 0.1 and site["sparse"]["error"] == pytest.approx(error**2, rel=0.3)
 
 
 @torch.no_grad()
