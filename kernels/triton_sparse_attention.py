@@ -29,6 +29,10 @@ from s2o_inductor.kernels.triton_sparse_tiles import (
     tile_keys,
 )
 
+# How much more than what was read a tail may weigh before the maximum of its scores has to be followed: a weight in
+# float16 is at most 65504.
+_MOST = tl.constexpr(32768.0)
+
 
 @triton.jit
 def _update(state, products, v, scale2):
@@ -230,6 +234,38 @@ def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: 
     return bundle, tl.load(of_counts + entry, mask=entry < high // RUN * CLUSTERS, other=0)
 
 
+@triton.jit
+def _count_left(bundle, counts, bundles, RUNS: tl.constexpr, CLUSTERS: tl.constexpr, BN: tl.constexpr):
+    """float32 (BN,), keys of each group that are in none of the first `bundles`, from `_load_unread`."""
+    unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, RUNS, 1)
+    of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, RUNS, CLUSTERS)
+    return tl.sum(of_group * unread, 1).reshape(BN).to(tl.float32)
+
+
+@triton.jit
+def _stand_in(
+    q, squares, left, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, high, groups, scale2, most,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """What stands in for the groups at `number` (BN,) below `high`.
+
+    Returns:
+        base-2 scores of one key of each, what its spread adds to them at most `most` and -inf where no key is `left`:
+        products of q and mean keys, to be scaled by `scale2`, and what is to be added to that; and mean values.
+    """
+    there = number < high
+    steps = (groups.to(tl.int64) * D, 0, D)
+    variance = gather_rows(variance_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
+    spread = tl.dot(squares, variance.T, input_precision="ieee")
+    k = gather_rows(mean_k_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
+    products = tl.dot(q, k.T, input_precision="ieee")
+    # Hidden by the limit, which is taken anyway: that costs nothing for each score.
+    spread = tl.minimum(spread, tl.where(left > 0.0, most, float("-inf"))[None, :])
+    steps = (groups.to(tl.int64) * DV, 0, DV)
+    v = gather_rows(mean_v_ptr, steps, kv_bh, kv_bh * 0, number, there, True, DV, BLOCK_DV)
+    return products, spread, v
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tail_kernel(
     q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, counts_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
@@ -241,7 +277,9 @@ def tail_kernel(
 ):  # fmt: skip
     """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
 
-    See `tail_groups.tail_logits`, and `GroupTable` for what it reads. BN is a multiple of CLUSTERS.
+    See `tail_groups.tail_logits`, and `GroupTable` for what it reads. BN is a multiple of CLUSTERS. Weights are
+    relative to the mass of what was read, which a tail seldom outweighs: no maximum has to be followed. Where it does,
+    by more than _MOST, the tile is done again and the maximum followed.
     """
     part, bh = schedule(count * (TILE // BM), section, CAUSAL)
     of_range = part // (TILE // BM)
@@ -266,31 +304,44 @@ def tail_kernel(
         most = tl.cast(limit, tl.float32) * LOG2_E
         # The state of the softmax that `attend_kernel` left, with the output for its sum and 1 for its total.
         place = (batch.to(tl.int64) * heads + head) * queries + query
-        peak = tl.load(lse_ptr + place, mask=exists, other=float("-inf")) * LOG2_E
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        lse = tl.load(lse_ptr + place, mask=exists, other=float("-inf")) * LOG2_E
+        before = tl.where(lse == float("-inf"), 0.0, 1.0)
         steps = (queries.to(tl.int64) * heads * DV, DV, heads.to(tl.int64) * DV)
         acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
+        origin = tl.where(lse == float("-inf"), 0.0, lse)
+        total = before
+        RUNS: tl.constexpr = UNIT // RUN
         SPAN: tl.constexpr = BN // CLUSTERS * UNIT
         of_bundle = bundle_of_ptr + row * room - base // RUN
-        of_counts = counts_ptr + kv_bh * groups * (UNIT // RUN)
+        of_counts = counts_ptr + kv_bh * groups * RUNS
+        end_group = high // UNIT * CLUSTERS
         bundle, counts = _load_unread(of_bundle, of_counts, low, high, RUN, CLUSTERS, SPAN)
         for key0 in tl.range(low, high, SPAN):
-            unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, UNIT // RUN, 1)
-            of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, UNIT // RUN, CLUSTERS)
-            left = tl.sum(of_group * unread, 1).reshape(BN)
+            left = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
             # A step ahead: the pipeline is for operands of products alone.
             bundle, counts = _load_unread(of_bundle, of_counts, key0 + SPAN, high, RUN, CLUSTERS, SPAN)
-            number = key0 // UNIT * CLUSTERS + tl.arange(0, BN)
-            there = number < high // UNIT * CLUSTERS
-            k = gather_rows(mean_k_ptr, (groups.to(tl.int64) * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D)
-            variance = gather_rows(
-                variance_ptr, (groups.to(tl.int64) * D, 0, D), kv_bh, head, number, there, True, D, BLOCK_D
-            )
-            spread = tl.minimum(tl.dot(squares, variance.T, input_precision="ieee"), most)
-            logits = tl.dot(q, k.T, input_precision="ieee") * scale2 + spread
-            logits += tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), float("-inf"))[None, :]
-            v = gather_rows(
-                mean_v_ptr, (groups.to(tl.int64) * DV, 0, DV), kv_bh, head, number, there, True, DV, BLOCK_DV
-            )
-            acc, peak, total = _update((acc, peak, total), logits, v, 1.0)
+            products, spread, v = _stand_in(
+                q, squares, left, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
+                key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            # Times what is left, not plus its logarithm, which would be more instructions than all else here.
+            weights = tl.exp2(products * scale2 + (spread - origin[:, None])) * left[None, :]
+            total += tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        peak = origin
+        outweighed = exists & ((total > _MOST) | (before == 0.0))
+        if tl.sum(outweighed.to(tl.int32), 0) > 0:
+            acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
+            peak = lse
+            total = before
+            for key0 in tl.range(low, high, SPAN, num_stages=1):  # more would cost the first loop registers
+                bundle, counts = _load_unread(of_bundle, of_counts, key0, high, RUN, CLUSTERS, SPAN)
+                left = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
+                products, spread, v = _stand_in(
+                    q, squares, left, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
+                    key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D,
+                    BLOCK_DV,
+                )  # fmt: skip
+                scores = products * scale2 + spread + tl.log2(tl.maximum(left, 1.0))[None, :]
+                acc, peak, total = _update((acc, peak, total), scores, v, 1.0)
         _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)

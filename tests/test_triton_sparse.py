@@ -110,6 +110,28 @@ def check_explicit_table() -> None:
     dataclasses.replace(case, budgets=(1e-9,)).check_replay(part, table, half)
 
 
+def check_heavy_tail(nothing_else: bool) -> None:
+    """A tail of far more mass than what was read, or of all mass there is: its scores overflow or vanish beside that.
+
+    The keys [64, 128) are in the prefix of both tiles, of which nothing is listed.
+    """
+    from s2o_inductor.kernels import cuda_sparse
+
+    case = sparse_problem(lengths=(128, 320), budgets=(1e-9,))
+    case.q = case.q + 4
+    case.k[:, :, 64:128] += -20 if nothing_else else 2  # each 1 is 16 nats of the scores
+    if nothing_else:
+        at = torch.arange(320)
+        case.keys = ((at >= 64) & (at < 128))[None]
+    table, listed = case.order()
+    options = {**case.options, "budgets": (1e-9,)}
+    result = cuda_sparse.attend(case.q, case.k, case.v, table, 0 * listed, **options)
+    without = {**options, "geometry": dataclasses.replace(case.geometry, clusters=0)}
+    dropped = cuda_sparse.attend(case.q, case.k, case.v, table, 0 * listed, **without)
+    assert (result.lse - dropped.lse > 12).all() and (result.lse < -110).all() == nothing_else
+    case.check_replay(result, table, 0 * listed)
+
+
 def check_budgets_are_monotone() -> None:
     """A smaller budget never reads less; budget 0 is exact attention, whatever the density."""
     case = sparse_problem(lengths=(100, 320), max_density=0.3)
@@ -163,6 +185,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "documents by themselves": check_documents,
     "no look into other documents": check_other_documents,
     "a table of the caller's": check_explicit_table,
+    "a tail that outweighs the rest": lambda: check_heavy_tail(False),
+    "a tail and nothing else": lambda: check_heavy_tail(True),
     "budgets are monotone, 0 is exact": check_budgets_are_monotone,
 }
 
