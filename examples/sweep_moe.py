@@ -39,7 +39,9 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
     def hidden(tile: Tile, parts: int) -> None:
         share = torch.empty(pairs, -(-call.model.inner // tile.keys), device=call.z.device)
         where = (pre, call.model.inner, h, share)
-        triton_moe_backward.hidden_backward(spec, call.z, call.w2, plan, p, pre, *where, [tile])
+        # In parts 2 the rows are gathered before.
+        grad = Rows(call.z, by_token=True) if parts == 1 else Rows(x)
+        triton_moe_backward.hidden_backward(spec, grad, call.w2, plan, p, pre, *where, [tile])
 
     return {
         "first": lambda tile, parts: triton_moe_first.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
