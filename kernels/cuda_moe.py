@@ -223,13 +223,14 @@ def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
     h = rows_like(z, pairs, inner) if into.w2 is not None else None
     scored = spec.score == "input"
 
-    # Rows of many are read by many programs: gathered once, they come through the bulk copy engine.
-    du, entered = Rows(grad, by_token=True), Rows(z, by_token=True, weight=weights if scored else None)
-    if facts.height == 128:
-        du = Rows(triton_moe_first.gather(grad, plan, None))
+    # One thing after another, so that of what is as large as dpre little is alive at once.
+    du = _rows(grad, plan, None, facts)
     tiles = hidden_tiles(facts)
     share = _share(pairs, inner, tiles[0], z)
     triton_moe_backward.hidden_backward(spec, du, experts.w2, plan, weights, kept, dpre, up_at, h, share, tiles)
+    if into.w2 is not None and h is not None:
+        _outer(du, Rows(h), plan, _one(into.w2), facts)
+    del du, h
     if into.z is not None or (scored and into.p is not None):
         y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
         tiles = second_tiles(facts, width)
@@ -242,17 +243,16 @@ def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         triton_moe_second.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
         if into.z is not None:
             triton_moe_second.combine(y, None, plan, into.z)
+        del y
     if into.p is not None:
         bias = experts.b2 if spec.score == "output" else None
         triton_moe_backward.weight_gradient(share, plan, grad, bias, into.p)
 
-    if into.w2 is not None and h is not None:
-        _outer(du, Rows(h), plan, _one(into.w2), facts)
-    if facts.height == 128 and any(gradient is not None for gradient in into.w1):
-        entered = Rows(triton_moe_first.gather(z, plan, entered.weight))
-    for gradient, part in zip(into.w1, parts, strict=True):
-        if gradient is not None:
-            _outer(Rows(part), entered, plan, _one(gradient), facts)
+    if any(gradient is not None for gradient in into.w1):
+        entered = _rows(z, plan, weights if scored else None, facts)
+        for gradient, part in zip(into.w1, parts, strict=True):
+            if gradient is not None:
+                _outer(Rows(part), entered, plan, _one(gradient), facts)
     if into.b1 is not None:
         for index, part in enumerate(parts):
             triton_moe_backward.sums(Rows(part), plan, _one(into.b1)[:, index * inner :][:, : part.shape[1]])
@@ -273,6 +273,13 @@ def _first(
     """The first product and the hidden rows, where wanted."""
     tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
     triton_moe_first.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
+
+
+def _rows(x: Tensor, plan: Plan, weight: Tensor | None, facts: Facts) -> Rows:
+    """Rows of x by token; gathered once where many programs read them, so that they come in large pieces."""
+    if facts.height == 128:
+        return Rows(triton_moe_first.gather(x, plan, weight))
+    return Rows(x, by_token=True, weight=weight)
 
 
 def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, facts: Facts) -> None:
