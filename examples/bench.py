@@ -3,6 +3,7 @@
 attention   time by stage beside torch's dense kernels, on a GPU with Triton; the others need none
 quality     error against density of our selection and of published ones, on real or synthetic heads
 model       loss and key recall of a language model against density, for the same selections
+heads       time and error of one call over all heads of a model, beside dense kernels and other people's, on a GPU
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def model(args: argparse.Namespace) -> None:
     chosen = dict(_method(text) for text in args.methods) or model_quality.METHODS
     language = model_quality.load_language(args.model, args.sequences * max(args.lengths))
     language.model.to(args.device)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     results: dict[int, list[Quality]] = {}
     for length in args.lengths:
         rows = results[length] = [Quality(name, knob) for name, knobs in chosen.items() for knob in knobs]
@@ -211,7 +213,7 @@ def model(args: argparse.Namespace) -> None:
             for row in rows:
                 began = time.perf_counter()
                 attention = model_quality.attention_of(row.method, row.knob)
-                density, loss, recalled = model_quality.run(language, planted, attention, args.device)
+                density, loss, recalled = model_quality.run(language, planted, attention, args.device, dtype)
                 row.density.append(density)
                 row.loss.append(loss)
                 row.recalled, row.asked = row.recalled + recalled, row.asked + args.keys
@@ -231,6 +233,13 @@ def attention(args: argparse.Namespace) -> None:
     import sparse_timing
 
     sparse_timing.run(args)
+
+
+def heads(args: argparse.Namespace) -> None:
+    """Time and error of calls over many heads, by the CUDA kernels."""
+    import head_calls
+
+    head_calls.run(args)
 
 
 def _method(text: str) -> tuple[str, tuple[float, ...]]:
@@ -266,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = [1024, 4096, 16384, 32768, 65536, 131072, 262144]
     add.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens")
     add.add_argument("--sweep", action="store_true", help="ways to run the kernels, at density 0.1")
+    add.add_argument("--gather", action="store_true", help="the attention kernel alone on equal work in several orders")
     add.add_argument("--profile", action="store_true", help="time on the device by kernel, at density 0.1")
     add.add_argument("--json", type=Path, help="write the rows here as well")
     add = commands.add_parser("quality", help="error against density of sparse selections")
@@ -292,8 +302,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     add.add_argument("--sequences", type=int, default=2, help="held-out sequences of each length")
     add.add_argument("--keys", type=int, default=8, help="planted keys in each sequence")
     add.add_argument("--methods", nargs="+", default=[], help="NAME or NAME=threshold,...; first: the base")
-    add.add_argument("--device", default="cpu")
+    add.add_argument("--device", default="cpu", help="on CUDA attention runs in bfloat16, the rest in float32")
     add.add_argument("--json", type=Path, help="write the figures here as well")
+    add = commands.add_parser("heads", help="time and error of one call over many heads on a GPU")
+    add.set_defaults(run=heads)
+    add.add_argument("--model", type=Path, help="heads of this folder's model, as `model` takes it; default: ours")
+    add.add_argument("--length", type=int, default=32768, help="tokens of a text, a multiple of 128")
+    add.add_argument("--copies", type=int, default=1, help="texts put behind each other")
+    add.add_argument("--kinds", nargs="+", default=[], help="synthetic heads instead: of these kinds, or all")
+    add.add_argument("--seeds", type=int, default=2, help="synthetic heads of each kind")
+    add.add_argument("--tiles", type=int, default=256, help="tiles of 128 rows that errors are of")
+    add.add_argument(
+        "--selections",
+        nargs="*",
+        default=["PBS-Attn"],
+        help="published, through our kernel: NAME or NAME=threshold,...",
+    )
+    add.add_argument("--peers", type=Path, help="a Python file with PEERS, other people's attention")
+    add.add_argument("--calibrate", action="store_true", help="also budgets for each head, chosen on the next text")
+    add.add_argument("--json", type=Path, help="write the rows here as well")
     args = parser.parse_args(argv)
     args.run(args)
 

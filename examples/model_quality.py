@@ -7,9 +7,10 @@ same keys densely and takes an exact softmax over what it reads; ours runs the k
 
 from __future__ import annotations
 
+import dataclasses
+import fractions
 import functools
 import json
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,8 @@ import numpy as np
 import tiny_lm
 import torch
 import torch.nn.functional as F
+from block_selections import SELECTIONS, attend, select
 from safetensors.torch import load_file
-from sparse_baselines import BLOCK, importance_of, segment_order, top_p, xattention
-from sparse_quality import Selection, Tile
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -152,52 +152,29 @@ def s2o(q: Tensor, k: Tensor, v: Tensor, budget: float, geometry: Geometry) -> t
     return read.output, int(read.pairs.sum()), int(read.visible.sum())
 
 
-class _Blocks:
-    """Selections by the softmax of a tile's mean query over mean keys of blocks: `block_mean`, and `pbs` of keys that
-    are put in order once for the whole sequence, as PBS-Attn does, not once for every tile.
+def s2o_without_tail(q: Tensor, k: Tensor, v: Tensor, budget: float) -> tuple[Tensor, int, int]:
+    """The same with nothing in place of what is skipped.
 
-    Args:
-        q: (G, S, D), scaled.
-        k: (S, D).
-        permuted: keys are sorted inside segments.
-        whole: see `pbs`.
+    On CUDA keys are ranked by their groups all the same, as the kernels rank no other way; on CPU by their share.
     """
-
-    def __init__(self, q: Tensor, k: Tensor, permuted: bool, whole: bool = True) -> None:
-        plain = torch.arange(k.shape[0], device=k.device).expand(q.shape[0], -1)
-        order = segment_order(importance_of(q[:, -BLOCK:], k), 0) if permuted else plain
-        self.order, self.plain = order, plain
-        self.means, self.plain_means = (
-            torch.stack([k[o].unflatten(0, (-1, BLOCK)).mean(dim=1) for o in x]) for x in (order, plain)
-        )
-        self.permuted, self.whole = permuted, whole
-
-    def __call__(self, tile: Tile, start: int, knob: float) -> Selection:
-        t, query = start // BLOCK, tile.q.mean(dim=1)
-        means, order = self.means[:, 1:t], self.order[:, BLOCK:start]
-        if self.permuted:  # segments that the prefix holds only partly have nothing to sort
-            means, order = means.clone(), order.clone()
-            for block in {0, t - 2} if t % 2 else {0}:
-                means[:, block] = self.plain_means[:, block + 1]
-                place = slice(block * BLOCK, (block + 1) * BLOCK)
-                order[:, place] = self.plain[:, BLOCK:start][:, place]
-        edges = torch.stack([self.plain_means[:, 0], self.plain_means[:, t]], dim=1)
-        scores = torch.einsum("gd,gbd->gb", query, torch.cat([edges, means], dim=1))
-        if not self.whole:
-            scores[:, :2] = -math.inf
-        return top_p(scores.softmax(dim=1), (knob,), order - BLOCK)
+    return ranked_by_groups(q, k, v, budget) if q.device.type == "cuda" else s2o(q, k, v, budget, Geometry(clusters=0))
 
 
-def _xattention(q: Tensor, k: Tensor) -> Callable[[Tile, int, float], Selection]:
-    return lambda tile, start, knob: xattention(tile, (knob,))
+def ranked_by_groups(q: Tensor, k: Tensor, v: Tensor, budget: float) -> tuple[Tensor, int, int]:
+    """Ranked by the CUDA kernels as they do it, then attended to without the groups."""
+    from s2o_inductor.kernels import cuda_sparse
+    from s2o_inductor.kernels import triton_sparse_order as ordering
+    from s2o_inductor.kernels.triton_sparse_groups import group_keys
+    from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 
-
-_SELECTIONS: dict[str, Callable[[Tensor, Tensor], Callable[[Tile, int, float], Selection]]] = {
-    "PBS-Attn": functools.partial(_Blocks, permuted=True),
-    "PBS-Attn, shares of the prefix alone": functools.partial(_Blocks, permuted=True, whole=False),
-    "XAttention": _xattention,
-    "block mean": functools.partial(_Blocks, permuted=False),
-}
+    tiling = Tiling(q.shape[2], k.shape[2], True, None, Geometry())
+    groups = group_keys(k, v, Padding(), tiling.geometry)
+    ranking = ordering.rank(q, k, q.shape[3] ** -0.5, tiling, Padding(), groups)
+    order = ordering.order(ranking, k, tiling, fractions.Fraction(1), 0, tiling.count)
+    read = cuda_sparse.attend(
+        q, k, v, order.table, order.listed, budgets=(budget,), geometry=dataclasses.replace(Geometry(), clusters=0)
+    )
+    return read.output, int(read.pairs.sum()), int(read.visible.sum())
 
 
 def selected(q: Tensor, k: Tensor, v: Tensor, name: str, knob: float) -> tuple[Tensor, int, int]:
@@ -207,56 +184,37 @@ def selected(q: Tensor, k: Tensor, v: Tensor, name: str, knob: float) -> tuple[T
         q: (B, Hq, S, D), S a multiple of 128.
         k: (B, Hkv, S, D).
         v: (B, Hkv, S, Dv).
-        name: a key of `_SELECTIONS`.
+        name: one of `block_selections.SELECTIONS`.
         knob: its threshold.
 
     Raises:
         ValueError: S is not a multiple of 128.
     """
-    batch, heads, length, width = q.shape
-    if length % BLOCK:
-        raise ValueError(f"block selections need a multiple of {BLOCK} tokens; got {length}")
-    group = heads // k.shape[1]
-    output, pairs = q.new_empty(batch, heads, length, v.shape[3]), 0
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
-    for b, kv_head in ((b, h) for b in range(batch) for h in range(k.shape[1])):
-        mine = q[b, kv_head * group : (kv_head + 1) * group] * width**-0.5
-        keys, values = k[b, kv_head].contiguous(), v[b, kv_head].contiguous()
-        choose = _SELECTIONS[name](mine, keys)
-        for start in range(0, length, BLOCK):
-            rows, own = mine[:, start : start + BLOCK], slice(start, start + BLOCK)
-            none = keys.new_empty(0)
-            chosen = None
-            if start > BLOCK:
-                tile = Tile(
-                    rows, keys[BLOCK:start], none, keys[:BLOCK], keys[own], none, rows, none, none, none, none, none, 0
-                )
-                chosen = choose(tile, start, knob)
-            for g in range(group):
-                read = torch.arange(min(start, BLOCK), device=q.device)
-                if chosen is not None:
-                    read = torch.cat([read, BLOCK + chosen.order[g, : int(chosen.tokens[g, 0])]])
-                near = (rows[g] @ keys[own].T).masked_fill(future, -math.inf)
-                weights = torch.cat([rows[g] @ keys[read].T, near], dim=1).softmax(dim=1)
-                output[b, kv_head * group + g, own] = weights @ torch.cat([values[read], values[own]])
-                pairs += BLOCK * read.numel() + BLOCK * (BLOCK + 1) // 2
-    return output, pairs, batch * heads * length * (length + 1) // 2
+    batch, heads, length, _ = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
+    output, pairs = [], 0
+    for entry in zip(*(x.split(1) for x in (q, k, v)), strict=True):
+        result, computed = attend(*entry, select(name, entry[0][0], entry[1][0], knob))
+        output.append(result)
+        pairs += computed
+    return torch.cat(output), pairs, batch * heads * length * (length + 1) // 2
 
 
 def attention_of(method: str, knob: float) -> Attention:
     """A method of `METHODS` at one threshold."""
     if method == "dense":
         return dense
-    if method in _SELECTIONS:
+    if method in SELECTIONS:
         return functools.partial(selected, name=method, knob=knob)
-    geometry = Geometry() if method == "S2O" else Geometry(clusters=0)
-    return functools.partial(s2o, budget=knob, geometry=geometry)
+    if method == "S2O":
+        return functools.partial(s2o, budget=knob, geometry=Geometry())
+    return functools.partial(s2o_without_tail, budget=knob)
 
 
 METHODS: dict[str, tuple[float, ...]] = {
     "dense": (0.0,),
     "S2O": (0.9, 0.8, 0.7, 0.5, 0.3),
-    "S2O, tail dropped": (0.7, 0.5, 0.3),
+    "S2O, tail dropped": (0.9, 0.8, 0.7, 0.5, 0.3),
     "PBS-Attn": (0.7, 0.8, 0.9, 0.95),
     "PBS-Attn, shares of the prefix alone": (0.6, 0.7, 0.78, 0.85),
     "XAttention": (0.7, 0.8, 0.9, 0.95),
@@ -265,11 +223,16 @@ METHODS: dict[str, tuple[float, ...]] = {
 
 
 class _Answered(TorchFunctionMode):
-    """Answers causal `F.scaled_dot_product_attention` by an `Attention`, and counts what it read."""
+    """Answers causal `F.scaled_dot_product_attention` by an `Attention`, and counts what it read.
 
-    def __init__(self, attention: Attention) -> None:
+    Args:
+        attention: the answer.
+        dtype: of its operands; the model goes on in its own.
+    """
+
+    def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention, self.pairs, self.visible = attention, 0, 0
+        self.attention, self.dtype, self.pairs, self.visible = attention, dtype, 0, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -279,9 +242,9 @@ class _Answered(TorchFunctionMode):
             return func(*args, **kwargs)
         if not kwargs.get("is_causal") or kwargs.get("attn_mask") is not None:
             raise ValueError("only causal attention without a mask is answered here")
-        output, pairs, visible = self.attention(*args[:3])
+        output, pairs, visible = self.attention(*(x.to(self.dtype) for x in args[:3]))
         self.pairs, self.visible = self.pairs + pairs, self.visible + visible
-        return output
+        return output.to(args[0].dtype)
 
 
 # ---------------------------------------------------------------- measuring
@@ -299,12 +262,23 @@ class Quality:
     asked: int = 0
 
 
+def answered(
+    model: tiny_lm.TinyLM, tokens: Tensor, attention: Attention, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
+    """What the output head reads, (S, width), of tokens (S,) whose attention `attention` answers, and its density."""
+    with _Answered(attention, dtype) as counted:
+        hidden = model.hidden(tokens[None])[0]
+    return hidden, counted.pairs / counted.visible
+
+
 @torch.no_grad()
-def run(language: Language, planted: Planted, attention: Attention, device: str) -> tuple[float, float, int]:
-    """(density, loss over the text's own tokens, keys recalled) of one sequence."""
+def run(
+    language: Language, planted: Planted, attention: Attention, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[float, float, int]:
+    """(density, loss over the text's own tokens, keys recalled) of one sequence; attention alone runs in `dtype`."""
     tokens = planted.tokens.to(device)
-    with _Answered(attention) as answered:
-        hidden = language.model.hidden(tokens[None])[0, :-1]
+    hidden, density = answered(language.model, tokens, attention, dtype)
+    hidden = hidden[:-1]
     targets, head = tokens[1:], language.model.embedding.weight
     loss, right = torch.zeros((), dtype=torch.float64), torch.empty(targets.numel(), dtype=torch.bool)
     for i in range(0, targets.numel(), _CHUNK):
@@ -314,4 +288,4 @@ def run(language: Language, planted: Planted, attention: Attention, device: str)
         loss += losses[planted.text[1:][part]].double().sum()
         right[part] = (logits.argmax(dim=1) == targets[part]).cpu()
     recalled = sum(bool(right[answer - 1].all()) for answer in planted.answers)
-    return answered.pairs / answered.visible, float(loss / planted.text[1:].sum()), recalled
+    return density, float(loss / planted.text[1:].sum()), recalled

@@ -3,6 +3,7 @@
     python examples/bench.py attention --lengths 16384                 # a minute
     python examples/bench.py attention --json out.json                 # 1,024 to 262,144 tokens
     python examples/bench.py attention --sweep --lengths 131072        # tile sizes, warps, stages, bundles
+    python examples/bench.py attention --gather --lengths 131072       # what reading through an index costs
 
 bfloat16, 32 query heads on 8 of size 128, batch 1, causal. Fixed densities stop at a share of the prefix; "budget"
 stops by the estimated tail. TFLOP/s count the pairs computed. The heads are synthetic: a few keys that all queries of
@@ -156,6 +157,42 @@ def profile(q: Tensor, k: Tensor, v: Tensor, budget: float, density: float, geom
     return dict(sorted(found.items(), key=lambda item: -item[1])[:16])
 
 
+def gathered(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
+    """Milliseconds of the attention kernel alone for equal work read in several orders, for runs of several lengths.
+
+    Every tile reads the same tenth of its prefix's keys, whole bundles: consecutive runs, random ones by position as
+    the bins of an order leave them, or random ones as they come.
+    """
+    for run in (1, 8, 32):
+        geometry = Geometry(run=run, clusters=0)
+        tiling = Tiling(q.shape[2], k.shape[2], True, None, geometry)
+        for order in ("consecutive", "random, sorted", "random"):
+            table, listed = _pages(tiling, k.shape[1], order, k.device)
+
+            def attend(table: Tensor = table, listed: Tensor = listed, geometry: Geometry = geometry) -> Any:
+                return cuda_sparse.attend(q, k, v, table, listed, budgets=(NEVER,), geometry=geometry)
+
+            pairs, ms = int(attend().pairs.sum()), measure(attend)
+            yield {"tokens": q.shape[2], "run": run, "order": order, "ms": ms, "tflops": 4e-9 * WIDTH * pairs / ms}
+
+
+def _pages(tiling: Tiling, kv_heads: int, order: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Page table (1, Hkv, tiles, places) and its lengths (1, Hkv, tiles) of a tenth of every prefix."""
+    generator = torch.Generator(device).manual_seed(0)
+    prefixes = [tiling.prefix(tile) for tile in range(tiling.count)]
+    run = tiling.geometry.run
+    counts = [min(tiling.listed(high - low, fractions.Fraction(1, 10)), (high - low) // run) for low, high in prefixes]
+    table = torch.full((1, kv_heads, tiling.count, max(counts)), -1, dtype=torch.int32, device=device)
+    for tile, ((low, high), count) in enumerate(zip(prefixes, counts, strict=True)):
+        for head in range(kv_heads if count else 0):
+            runs = torch.arange(count, device=device)
+            if order != "consecutive":
+                runs = torch.randperm((high - low) // run, generator=generator, device=device)[:count]
+            table[0, head, tile, :count] = low // run + (runs.sort().values if "sorted" in order else runs)
+    listed = torch.tensor(counts, dtype=torch.int32, device=device).expand(1, kv_heads, -1).contiguous()
+    return table, listed
+
+
 def show(row: dict[str, Any]) -> None:
     cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
     print("  ".join(cells), flush=True)
@@ -181,6 +218,8 @@ def run(options: argparse.Namespace) -> None:
         found: Iterable[dict[str, Any]]
         if options.sweep:
             found = sweep(q, k, v)
+        elif options.gather:
+            found = gathered(q, k, v)
         elif options.profile:
             found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, Geometry())}]
         else:

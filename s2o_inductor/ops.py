@@ -64,9 +64,11 @@ torch.library.define(
 observed: dict[str, tuple[str, str]] = {}
 # What the last call of each sparse site read, a `kernels.sparse.Statistics`; its tensors are not waited for.
 statistics: dict[str, Any] = {}
+# The sizes of that call.
+extents: dict[str, sparse_policy.Extent] = {}
 # Under a policy with candidates, what every call of each site found: lists of `kernels.sparse.Trial`.
 trials: dict[str, list[Any]] = {}
-RECORDS: tuple[dict[str, Any], ...] = (observed, statistics, trials)
+RECORDS: tuple[dict[str, Any], ...] = (observed, statistics, extents, trials)
 
 
 def forget() -> list[dict[str, Any]]:
@@ -221,6 +223,7 @@ def _sparse_attention_impl(
             trials.setdefault(site, []).append(read)
         elif read is not None:
             statistics[site] = read
+            extents[site] = sparse_policy.Extent.of_band(q.shape[2], k.shape[2], call.lower, call.upper)
     return output, lse
 
 

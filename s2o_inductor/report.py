@@ -21,6 +21,7 @@ from s2o_inductor.loops import breaks
 from s2o_inductor.mask_spec import MaskSpec, parse
 from s2o_inductor.passes.moe_sizes import PREPARED, experts_shape
 from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite
+from s2o_inductor.sparse_policy import Extent, Geometry
 
 log = logging.getLogger("s2o_inductor")
 
@@ -36,25 +37,31 @@ class Reading:
     Attributes:
         density: computed over visible (query, key) pairs, mean of the heads.
         head_density: the same for each query head, mean of the batch.
+        mma_density: the same of products of whole tiles, hidden pairs included, and
+        work_density: of all work, with ranking and the tail; see `sparse_policy.Extent.densities`. Means of the heads.
         dropped: estimated share of the softmax mass that was left to the tail, mean of the heads.
         error: squared error of the audited rows over their squared norm, mean of the heads; None without `audit`.
     """
 
     density: float
     head_density: tuple[float, ...]
+    mma_density: float
+    work_density: float
     dropped: float
     error: float | None
 
     @classmethod
-    def of(cls, statistics: Any) -> Reading:
-        """From a `kernels.sparse.Statistics`; waits for its device."""
+    def of(cls, statistics: Any, extent: Extent, geometry: Geometry) -> Reading:
+        """From a `kernels.sparse.Statistics` of a call of these sizes; waits for its device."""
         heads = (statistics.pairs / statistics.visible.clamp(min=1)).mean(dim=0).tolist()
         error = None if statistics.error is None else statistics.error.mean().item()
-        return cls(sum(heads) / len(heads), tuple(heads), statistics.tail.mean().item(), error)
+        tiles = [extent.densities(bundles, geometry) for bundles in statistics.bundles.flatten(0, 1).tolist()]
+        mma, work = (sum(x) / max(len(tiles), 1) for x in zip(*tiles, strict=True))
+        return cls(sum(heads) / len(heads), tuple(heads), mma, work, statistics.tail.mean().item(), error)
 
     def __str__(self) -> str:
         error = "" if self.error is None else f", error {self.error:.1e}"
-        return f"density {self.density:.3f}, dropped {self.dropped:.3f}{error}"
+        return f"density {self.density:.3f}, work {self.work_density:.3f}, dropped {self.dropped:.3f}{error}"
 
 
 @dataclasses.dataclass
@@ -116,7 +123,8 @@ class Site:
         if "dense" in self.mask and not parse(text).dense:
             self.mask, self.mask_reason = parse(text).terms(), None
         if self.name in ops.statistics:
-            self.reading, self.exact = Reading.of(ops.statistics[self.name]), False
+            self.reading = Reading.of(ops.statistics[self.name], ops.extents[self.name], Geometry())
+            self.exact = False
 
     def to_dict(self) -> dict[str, Any]:
         self.settle()

@@ -68,6 +68,92 @@ class Geometry:
             )
 
 
+KEY_TILE = 64  # keys that a kernel multiplies at a time, for counts of whole tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class TileKeys:
+    """Keys of one tile of queries; the first two in whole tiles of `KEY_TILE` keys, as products are made of these.
+
+    Attributes:
+        exact: multiplied by a kernel that skips nothing but hidden tiles.
+        dense: multiplied in place by sparse attention.
+        ranked: its prefix.
+    """
+
+    exact: int
+    dense: int
+    ranked: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Sizes of one call of sparse attention. Keys that padding hides count as the others do.
+
+    Attributes:
+        queries: Sq.
+        keys: those that some query sees, at least Sq; query i stands at i + keys - queries.
+        causal: a query sees keys up to its own position.
+        window: and the last so many of these alone; None is all.
+    """
+
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None
+
+    @classmethod
+    def of_band(cls, queries: int, keys: int, lower: int | None, upper: int | None) -> Extent:
+        """Of a call whose query i sees the keys i + lower to i + upper; None is unbounded, with a lower bound only
+        under an upper one."""
+        if upper is None:
+            return cls(queries, keys, False, None)
+        return cls(queries, min(keys, queries + upper), True, None if lower is None else upper - lower + 1)
+
+    def densities(self, bundles: list[int], geometry: Geometry) -> tuple[float, float]:
+        """What one head does, as shares of what exact attention would do: (products of whole tiles, all work).
+
+        Products count whole tiles, hidden pairs in them too. Work adds ranking and the tail in the same unit: a pair is
+        one product with a key and one with a value of equal width. Mean queries meet keys alone, half a pair; they
+        and all rows meet the groups' keys and variances, and rows the groups' values. Grouping itself, once per
+        key/value head, is under a thousandth from 32,768 tokens on and left out, as is what sorting and gathering move.
+
+        Args:
+            bundles: read by each tile.
+            geometry: sizes.
+        """
+        exact = multiplied = extra = 0.0
+        for keys, count in zip(keys_of_tiles(self, geometry), bundles, strict=True):
+            groups = keys.ranked / geometry.block * geometry.clusters
+            exact += keys.exact
+            multiplied += keys.dense + _whole(min(count * geometry.bundle, keys.ranked))
+            extra += geometry.sub_means / geometry.tile * (keys.ranked / 2 + groups) + 1.5 * groups
+        return multiplied / max(exact, 1), (multiplied + extra) / max(exact, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def keys_of_tiles(extent: Extent, geometry: Geometry) -> tuple[TileKeys, ...]:
+    """What every tile multiplies and ranks, by the rules of `kernels/reference_sparse.py`."""
+    found, unit = [], geometry.block
+    first_query = extent.keys - extent.queries
+    for begin in range(first_query // geometry.tile * geometry.tile, extent.keys, geometry.tile):
+        start, end = max(begin, first_query), min(begin + geometry.tile, extent.keys)
+        first, low = 0, geometry.sink
+        if extent.window is not None:
+            first = max(start - extent.window + 1, 0)
+            low = max(low, -(-max(end - extent.window, 0) // unit) * unit)
+        last = end if extent.causal else extent.keys
+        high = max(low, (begin if extent.causal else extent.keys) // unit * unit)
+        parts = [(first, last)] if low == high else [(first, low), (max(high, first), last)]
+        exact = _whole(last) - first // KEY_TILE * KEY_TILE
+        found.append(TileKeys(exact, sum(_whole(max(b - a, 0)) for a, b in parts), high - low))
+    return tuple(found)
+
+
+def _whole(keys: int) -> int:
+    return -(-keys // KEY_TILE) * KEY_TILE
+
+
 @dataclasses.dataclass(frozen=True)
 class SparsePolicy:
     """What one call of `s2o::sparse_attention` may do.

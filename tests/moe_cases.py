@@ -85,4 +85,16 @@ def check(case: Problem, keep: bool = True) -> None:
     gold, low = case.to(torch.float64).run(reference_moe.experts), case.run(reference_moe.experts)
     for name, actual in case.run(moe_experts, keep=keep).items():
         # A sum over tokens and choices in another order: the rounding of its terms, not of its result, counts.
-        assert_close_to_gold(actual, low[name], gold[name], what=f"{name} of {case.spec}", condition=8.0)
+        condition = 8.0 * (_cancelled(case, gold["p"]) if name == "p" else 1.0)
+        assert_close_to_gold(actual, low[name], gold[name], what=f"{name} of {case.spec}", condition=condition)
+
+
+def _cancelled(case: Problem, gold: Tensor) -> float:
+    """How many times smaller than usual the gradient of `p` is, whose every number is one sum of random signs.
+
+    Among many numbers the largest is no smaller than usual; a single one can be, and its terms round as ever.
+    """
+    if not 0 < gold.numel() <= 16 or not gold.any():
+        return 1.0
+    usual = [case.to(torch.float64).run(reference_moe.experts, draw=draw)["p"].square().mean() for draw in range(2, 10)]
+    return max(1.0, float(torch.stack(usual).mean().sqrt() / gold.abs().max()))

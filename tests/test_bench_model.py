@@ -76,16 +76,20 @@ def test_reading_everything_is_dense_attention(name: str) -> None:
     assert pairs == visible == 2 * 768 * 769 // 2
 
 
-@pytest.mark.parametrize("name", ["PBS-Attn", "PBS-Attn, shares of the prefix alone", "block mean"])
+@pytest.mark.parametrize(
+    ("name", "knob"),
+    [("PBS-Attn", 0.7), ("PBS-Attn, shares of the prefix alone", 0.7), ("block mean", 0.7), ("XAttention", 0.4),
+     ("FlashPrefill", 0.95)],
+)  # fmt: skip
 @pytest.mark.parametrize("start", [640, 768])  # the prefix ends inside a segment, and with one
-def test_model_reads_what_the_tile_benchmark_reads(name: str, start: int) -> None:
+def test_model_reads_what_the_tile_benchmark_reads(name: str, knob: float, start: int) -> None:
     q, k, v = heads("mix", 896)
     q[:, :, -128:] = q[:, :, -1:]  # one importance for all of PBS-Attn's queries: its order is then that of any prefix
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    output, _, _ = selected(q, k, v, name, 0.7)
+    output, _, _ = selected(q, k, v, name, knob)
     rows = slice(start, start + 128)
     tile = make_tile(q[0], k[0, 0], v[0, 0], start)
-    wanted = evaluate(tile, METHODS[name].select(tile, [0.7]))[:, 0]
+    wanted = evaluate(tile, METHODS[name].select(tile, [knob]))[:, 0]
     error = (output - dense)[0, :, rows].square().sum(dim=(1, 2)) / dense[0, :, rows].square().sum(dim=(1, 2))
     assert wanted.min() > 1e-5  # something was left out
     torch.testing.assert_close(error, wanted, rtol=1e-2, atol=1e-6)

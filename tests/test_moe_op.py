@@ -42,11 +42,11 @@ class Problem:
         changed = {name: x.detach().to(dtype).requires_grad_() for name, x in self.tensors().items()}
         return dataclasses.replace(self, **changed)
 
-    def run(self, function: Any, **more: Any) -> dict[str, Tensor]:
-        """The output and the gradient of every operand."""
+    def run(self, function: Any, *, draw: int = 1, **more: Any) -> dict[str, Tensor]:
+        """The output and the gradient of every operand, for the gradient of the output that `draw` seeds."""
         optional = {"w3": self.w3, "b1": self.b1, "b2": self.b2}
         output = function(self.z, self.w1, self.w2, self.ids, self.p, spec=self.spec, **optional, **more)
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(draw)).to(output)
         names, leaves = zip(*self.tensors().items(), strict=True)
         return {"output": output.detach(), **dict(zip(names, torch.autograd.grad(output, leaves, grad), strict=True))}
 

@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
         mask = None
         if padding is not None:
-            at = torch.arange(q.shape[2])
+            at = torch.arange(q.shape[2], device=q.device)
             mask = (at[None] <= at[:, None])[None, None] & padding[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
@@ -87,6 +87,7 @@ def test_long_inference_is_approximated_and_says_how_far(caplog: pytest.LogCaptu
     for site in sites[:2]:
         assert 0.0 < site["sparse"]["density"] < 1.0
         assert len(site["sparse"]["head_density"]) == 2
+        assert 0.0 < site["sparse"]["mma_density"] < site["sparse"]["work_density"] < 1.1
         assert 0.0 < site["sparse"]["dropped"] < 0.7
     exact = model.first(*inputs)
     measured = relative(compiled(model.first)(*inputs), exact)

@@ -16,7 +16,7 @@ from s2o_inductor.kernels import reference
 from s2o_inductor.kernels.reference_sparse import run_order, run_scores, sparse_attention, tiles_of
 from s2o_inductor.kernels.stop_rule import stop_after
 from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
-from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.sparse_policy import Extent, Geometry, keys_of_tiles
 
 SMALL = Geometry(tile=16, sink=8, bundle=16, sub_means=4, run=4, block=8, clusters=2, horizon=4)
 QUICK = settings(max_examples=40)
@@ -165,6 +165,40 @@ def test_tiles_cover_every_query_once_and_end_at_whole_tiles(queries: int, past:
     assert [at for start, end in spans for at in range(start, end)] == list(range(past, past + queries))
     assert all(0 < end - start <= tile for start, end in spans)
     assert all(end % tile == 0 for _, end in spans[:-1])
+
+
+@QUICK
+@given(problems(), st.floats(0.0, 0.9))
+def test_counted_work_covers_what_was_computed(problem: Any, budget: float) -> None:
+    q, k, v, mask = problem
+    mask.pop("keys", None)
+    extent = Extent(q.shape[2], k.shape[2], mask["causal"], mask.get("window"))
+    tiles = keys_of_tiles(extent, SMALL)
+    whole = sparse_attention(q, k, v, budgets=(0.0,), geometry=SMALL, **mask)
+    ranked = [math.ceil(tile.ranked / SMALL.bundle) for tile in tiles]
+    assert all(bundles == ranked for bundles in whole.bundles.flatten(0, 1).tolist())
+    read = sparse_attention(q, k, v, budgets=(budget,), geometry=SMALL, **mask)
+    exact = SMALL.tile * sum(tile.exact for tile in tiles)
+    assert exact >= int(whole.visible.max())
+    for bundles, pairs in zip(read.bundles.flatten(0, 1).tolist(), read.pairs.flatten().tolist(), strict=True):
+        mma, work = extent.densities(bundles, SMALL)
+        assert mma * exact >= pairs - 0.5 and work >= mma
+        assert (work > mma) == any(tile.ranked for tile in tiles)
+        assert mma <= extent.densities(ranked, SMALL)[0]
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 40])
+def test_whole_tiles_that_read_everything_do_what_exact_attention_does(tiles: int) -> None:
+    geometry = Geometry()
+    extent = Extent.of_band(128 * tiles, 128 * tiles + 999, None, 0)  # a cache that is longer than what it holds
+    assert extent == Extent(128 * tiles, 128 * tiles, True, None)
+    everything = [math.ceil(tile.ranked / geometry.bundle) for tile in keys_of_tiles(extent, geometry)]
+    mma, work = extent.densities(everything, geometry)
+    assert mma == 1.0
+    ranked = sum(tile.ranked for tile in keys_of_tiles(extent, geometry))
+    groups = ranked * geometry.clusters / geometry.block
+    extra = geometry.sub_means * (ranked / 2 + groups) + geometry.tile * 1.5 * groups
+    assert (work - mma) * 128 * 128 * tiles * (tiles + 1) / 2 == pytest.approx(extra)
 
 
 def test_shares_and_order_by_hand() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib").use("Agg")
 
 
 def test_density_is_drawn_for_what_was_approximated() -> None:
-    reading = Reading(0.25, (0.2, 0.3), 0.1, None)
+    reading = Reading(0.25, (0.2, 0.3), 0.26, 0.3, 0.1, None)
     sites = [Site("attention", "a", "rewritten", reading=reading), Site("attention", "b", "rewritten")]
     axes = viz.density(Report([GraphReport(sites)]))
     (image,) = axes.images
