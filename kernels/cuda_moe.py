@@ -286,7 +286,7 @@ def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, facts: Facts) -> No
     """Fills out (E, m, n), whose last dimension or last but one is contiguous."""
     if not out.is_contiguous():
         left, right, out = right, left, out.mT
-    triton_moe_backward.outer(left, right, plan, out, outer_tiles(facts, *out.shape[1:]))
+    triton_moe_backward.outer(left, right, plan, out, outer_tiles(facts, *out.shape[1:]), facts.processors)
 
 
 def _share(pairs: int, width: int, tile: Tile, like: Tensor) -> Tensor:

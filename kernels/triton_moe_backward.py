@@ -42,9 +42,10 @@ from s2o_inductor.kernels.triton_moe_tiles import (
 )
 from s2o_inductor.moe_spec import ExpertSpec
 
-# Blocks of a weight's gradient that one program makes: enough to hide where its pipeline begins, few enough that all
-# multiprocessors have work where one expert has all rows.
+# Blocks of a weight's gradient that one program makes at most: enough to hide where its pipeline begins, few enough
+# that all multiprocessors have work where one expert has all rows; and programs that each of these has before that.
 _BLOCKS = 8
+_PROGRAMS = 4
 
 
 @triton.jit
@@ -300,10 +301,20 @@ def hidden_backward(
     launch(_hidden_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(inner, c.keys), arguments)
 
 
-def outer(left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Tile]) -> None:
-    """Fills out (E, m, n), contiguous: left (rows, m) transposed times right (rows, n), over each expert's rows."""
+def outer(
+    left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Tile], processors: int,
+) -> None:  # fmt: skip
+    """Fills out (E, m, n), contiguous: left (rows, m) transposed times right (rows, n), over each expert's rows.
+
+    `processors` are those of the device, which decide how many blocks a program makes.
+    """
     experts, m, n = out.shape
     weight = left.weight if left.weight is not None else right.weight
+
+    def blocks(config: Config) -> tuple[int, int]:
+        """Those of an expert, and how many a program makes."""
+        found = triton.cdiv(m, config.rows) * triton.cdiv(n, config.keys)
+        return found, max(1, min(_BLOCKS, experts * found // (_PROGRAMS * processors)))
 
     def arguments(config: Config) -> dict[str, Any]:
         assert isinstance(config, Tile)
@@ -312,13 +323,10 @@ def outer(left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Ti
             "right_steps": right.x.stride()[:1], "order_ptr": plan.order, "firsts_ptr": plan.firsts, "p_ptr": weight,
             "out_ptr": out, "CHOICES": plan.choices, "LEFT": m, "RIGHT": n, "LEFT_GATHERED": left.by_token,
             "RIGHT_GATHERED": right.by_token, "LEFT_SCALED": left.weight is not None,
-            "RIGHT_SCALED": right.weight is not None, "BLOCKS": _BLOCKS, "BK": config.depth,
+            "RIGHT_SCALED": right.weight is not None, "BLOCKS": blocks(config)[1], "BK": config.depth,
         }  # fmt: skip
 
-    def grid(config: Config) -> int:
-        return experts * triton.cdiv(triton.cdiv(m, config.rows) * triton.cdiv(n, config.keys), _BLOCKS)
-
-    launch(_outer_kernel, configs, grid, arguments)
+    launch(_outer_kernel, configs, lambda c: experts * triton.cdiv(*blocks(c)), arguments)
 
 
 def sums(rows: Rows, plan: Plan, out: Tensor) -> None:

@@ -65,14 +65,14 @@ def check_gradients_of_weights_in_turn() -> None:
     from s2o_inductor.kernels import cuda_moe, triton_moe_backward
     from s2o_inductor.kernels.triton_moe_tiles import Tile
 
-    before = cuda_moe.outer_tiles, triton_moe_backward._BLOCKS
+    before = cuda_moe.outer_tiles, triton_moe_backward._BLOCKS, triton_moe_backward._PROGRAMS
     try:
         cuda_moe.outer_tiles = lambda *_: [Tile(16, 16, 4, 1, depth=16)]
-        triton_moe_backward._BLOCKS = 4
+        triton_moe_backward._BLOCKS, triton_moe_backward._PROGRAMS = 4, 1
         for score in ("output", "input"):
             check(typed(problem(ExpertSpec("relu2", score=score), 40, 2, 5, 24, 40), torch.float16))
     finally:
-        cuda_moe.outer_tiles, triton_moe_backward._BLOCKS = before
+        cuda_moe.outer_tiles, triton_moe_backward._BLOCKS, triton_moe_backward._PROGRAMS = before
 
 
 def check_shared_tiles() -> None:
