@@ -167,8 +167,7 @@ def compile_one(walk: Walk, index: int) -> dict[str, Any]:
     triton.runtime.driver.set_active(_NoDriver(shape.capability))
     launch = _launches_of(walk)[index]
     for config in launch[1]:
-        options = {"num_warps": config.warps, "num_stages": config.stages}
-        compiled = launch[0].warmup(*_values(launch, shape, config), grid=(1,), **options)
+        compiled = launch[0].warmup(*_values(launch, shape, config), grid=(1,), **config.options)
         if compiled.metadata.shared <= shape.room:
             break
     if torch.cuda.is_available():

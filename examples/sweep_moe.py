@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compile_moe import Shape, Walk
 
 
-def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
+def stages_of(call: Call, processors: int) -> dict[str, Callable[[Tile, int], None]]:
     """Each kernel of a call by itself, as a function of its tile and the parts of its sum."""
     spec, pairs = call.model.spec, call.ids.numel()
     experts = Experts.of(spec, call.w1, call.w2, None, None, None)
@@ -39,14 +39,16 @@ def stages_of(call: Call) -> dict[str, Callable[[Tile, int], None]]:
     def hidden(tile: Tile, parts: int) -> None:
         share = torch.empty(pairs, -(-call.model.inner // tile.keys), device=call.z.device)
         where = (pre, call.model.inner, h, share)
-        triton_moe_backward.hidden_backward(spec, call.z, call.w2, plan, p, pre, *where, [tile])
+        # In parts 2 the rows are gathered before.
+        grad = Rows(call.z, by_token=True) if parts == 1 else Rows(x)
+        triton_moe_backward.hidden_backward(spec, grad, call.w2, plan, p, pre, *where, [tile])
 
     return {
         "first": lambda tile, parts: triton_moe_first.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
         "second": lambda tile, parts: second(tile, parts, h, call.w2),
         "hidden": hidden,
         "dx": lambda tile, parts: second(tile, parts, pre, call.w1.mT),
-        "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile]),
+        "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile], processors),
     }
 
 
@@ -96,7 +98,7 @@ def sweep_stage(shape: Shape, kernel: str, tile: Tile, parts: int) -> None:
     w2 = torch.empty(shape.experts, shape.width, shape.inner, dtype=torch.bfloat16)
     z = torch.empty(shape.tokens, shape.width, dtype=torch.bfloat16)
     ids = torch.zeros(shape.tokens, shape.choices, dtype=torch.int64)
-    stages_of(Call(model, z, w1, w2, ids, torch.empty(ids.shape)))[kernel](tile, parts)
+    stages_of(Call(model, z, w1, w2, ids, torch.empty(ids.shape)), shape.processors)[kernel](tile, parts)
 
 
 def sweep_walks(shape: Shape) -> list[Walk]:
@@ -125,7 +127,7 @@ def sweep(call: Call, facts: cuda_moe.Facts, measure: Callable[..., float]) -> l
         {"kernel": "plan", "us": measure(lambda: Plan.of(call.ids, experts, rows_each).tiles(rows_each))},
         {"kernel": "combine", "us": measure(lambda: triton_moe_second.combine(y, call.p.view(-1), plan, out))},
     ]
-    stages = stages_of(call)
+    stages = stages_of(call, facts.processors)
     for kernel, tries in tiles_to_try(facts, call.model.spec.halves > 1).items():
         found = []
         for tile, parts in tries:

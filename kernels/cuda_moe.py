@@ -124,17 +124,23 @@ def hidden_tiles(facts: Facts) -> list[Tile]:
     if facts.dtype == torch.float32:
         return _FLOAT32
     rows = max(facts.height, 64)
-    return [Tile(rows, 128, 8, 4), Tile(rows, 128, 8, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
+    # Its epilogue moves as much memory as its sum: two programs share a multiprocessor, so that one sums meanwhile.
+    shared = [Tile(rows, 128, 8, 3, registers=128)] if rows == 128 else [Tile(rows, 128, 8, 4)]
+    return [*shared, Tile(rows, 128, 8, 3), Tile(rows, 128, 4, 2), Tile(32, 128, 4, 1, depth=32)]
 
 
 @functools.lru_cache(maxsize=256)
-def outer_tiles(facts: Facts) -> list[Tile]:
-    """Ways to make the gradient of weights, fastest first."""
+def outer_tiles(facts: Facts, m: int, n: int) -> list[Tile]:
+    """Ways to make the gradient of weights (E, m, n), fastest first."""
     if facts.dtype == torch.float32:
         return [Tile(32, 32, 4, 2, depth=32), Tile(16, 16, 4, 1, depth=16)]
-    # Three programs share a multiprocessor: an expert's rows make short sums, between which there is much to wait for.
     depth = 64 if facts.pairs > 64 * facts.experts else 32
-    return [Tile(128, 128, 4, stages, depth) for stages in (3, 2)] + [Tile(64, 64, 4, 2, depth=32)]
+    tiles = [Tile(128, 128, 4, stages, depth) for stages in (3, 2)] + [Tile(64, 64, 4, 2, depth=32)]
+    if facts.height < 128 or facts.room < _SHARED_ROOM:
+        return tiles
+    # As for the products, blocks are as large as registers hold, for the L2 cache's sake; no column may be for nothing.
+    rows, columns = min(((128, 256), (256, 128)), key=lambda tile: -(-m // tile[0]) * -(-n // tile[1]))
+    return [Tile(rows, columns, 8, stages) for stages in (4, 3)] + tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +223,14 @@ def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
     h = rows_like(z, pairs, inner) if into.w2 is not None else None
     scored = spec.score == "input"
 
+    # One thing after another, so that of what is as large as dpre little is alive at once.
+    du = _rows(grad, plan, None, facts)
     tiles = hidden_tiles(facts)
     share = _share(pairs, inner, tiles[0], z)
-    triton_moe_backward.hidden_backward(spec, grad, experts.w2, plan, weights, kept, dpre, up_at, h, share, tiles)
+    triton_moe_backward.hidden_backward(spec, du, experts.w2, plan, weights, kept, dpre, up_at, h, share, tiles)
+    if into.w2 is not None and h is not None:
+        _outer(du, Rows(h), plan, _one(into.w2), facts)
+    del du, h
     if into.z is not None or (scored and into.p is not None):
         y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
         tiles = second_tiles(facts, width)
@@ -232,17 +243,16 @@ def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         triton_moe_second.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
         if into.z is not None:
             triton_moe_second.combine(y, None, plan, into.z)
+        del y
     if into.p is not None:
         bias = experts.b2 if spec.score == "output" else None
         triton_moe_backward.weight_gradient(share, plan, grad, bias, into.p)
 
-    tiles = outer_tiles(facts)
-    entered = Rows(z, by_token=True, weight=weights if scored else None)
-    for gradient, part in zip(into.w1, parts, strict=True):
-        if gradient is not None:
-            _outer(Rows(part), entered, plan, _one(gradient), tiles)
-    if into.w2 is not None and h is not None:
-        _outer(Rows(grad, by_token=True), Rows(h), plan, _one(into.w2), tiles)
+    if any(gradient is not None for gradient in into.w1):
+        entered = _rows(z, plan, weights if scored else None, facts)
+        for gradient, part in zip(into.w1, parts, strict=True):
+            if gradient is not None:
+                _outer(Rows(part), entered, plan, _one(gradient), facts)
     if into.b1 is not None:
         for index, part in enumerate(parts):
             triton_moe_backward.sums(Rows(part), plan, _one(into.b1)[:, index * inner :][:, : part.shape[1]])
@@ -265,12 +275,18 @@ def _first(
     triton_moe_first.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
 
 
-def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, tiles: list[Tile]) -> None:
+def _rows(x: Tensor, plan: Plan, weight: Tensor | None, facts: Facts) -> Rows:
+    """Rows of x by token; gathered once where many programs read them, so that they come in large pieces."""
+    if facts.height == 128:
+        return Rows(triton_moe_first.gather(x, plan, weight))
+    return Rows(x, by_token=True, weight=weight)
+
+
+def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, facts: Facts) -> None:
     """Fills out (E, m, n), whose last dimension or last but one is contiguous."""
-    if out.is_contiguous():
-        triton_moe_backward.outer(left, right, plan, out, tiles)
-    else:
-        triton_moe_backward.outer(right, left, plan, out.mT, tiles)
+    if not out.is_contiguous():
+        left, right, out = right, left, out.mT
+    triton_moe_backward.outer(left, right, plan, out, outer_tiles(facts, *out.shape[1:]), facts.processors)
 
 
 def _share(pairs: int, width: int, tile: Tile, like: Tensor) -> Tensor:

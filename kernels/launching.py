@@ -149,14 +149,19 @@ def section_heads(length: int, row_bytes: int) -> int:
 class Config:
     """One way to run a kernel: tile of query rows, tile of keys, warps, software-pipeline stages.
 
-    `registers` is the most that a thread may take; None leaves it to the compiler.
+    `registers` is the most that a thread may have, where fewer let more programs share a multiprocessor.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None
+    registers: int | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What Triton is told besides the kernel's arguments."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 # Measured on an H200; elsewhere the first that fits runs.
@@ -240,8 +245,7 @@ def launch(
             return
         try:
             # The interpreter returns None here: it has nothing to keep.
-            options = {} if config.registers is None else {"maxnreg": config.registers}
-            compiled = kernel[(grid(config),)](*values, num_warps=config.warps, num_stages=config.stages, **options)
+            compiled = kernel[(grid(config),)](*values, **config.options)
         except triton.runtime.errors.OutOfResources:
             _compiled[key] = None
             if config is configs[-1]:

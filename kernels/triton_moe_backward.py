@@ -37,9 +37,15 @@ from s2o_inductor.kernels.triton_moe_tiles import (
     load_weights,
     place_of,
     plain_backward,
+    rows_in_tiles,
     scaled,
 )
 from s2o_inductor.moe_spec import ExpertSpec
+
+# Blocks of a weight's gradient that one program makes at most: enough to hide where its pipeline begins, few enough
+# that all multiprocessors have work where one expert has all rows; and programs that each of these has before that.
+_BLOCKS = 8
+_PROGRAMS = 4
 
 
 @triton.jit
@@ -84,27 +90,34 @@ def _through(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _hidden_kernel(
-    grad_ptr, grad_steps, w, w_steps, order_ptr, tiles_ptr, p_ptr, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps,
-    share_ptr, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    grad_ptr, grad_steps, du_tiles, w, w_steps, order_ptr, tiles_ptr, p_ptr, pre_ptr, dpre_ptr, dpre_steps, h_ptr,
+    h_steps, share_ptr, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, TO_GATE: tl.constexpr, TO_UP: tl.constexpr, LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, HIDDEN: tl.constexpr,
-    GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GATHERED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BM rows of the first product of an expert, BN hidden columns; h, weighted, if HIDDEN."""
+    """Gradients of BM rows of the first product of an expert, BN hidden columns; h, weighted, if HIDDEN.
+
+    With GATHERED, rows of du are those of `du_tiles`, gathered before; otherwise of their tokens' gradients.
+    """
     blocks = tl.cdiv(INNER, BN)
     count = tl.load(tiles_ptr)
     if tl.program_id(0) < count * blocks:
         tile, block, _ = place_of(tl.program_id(0), blocks, 1, count, GROUP)
         entry = tiles_ptr + 4 + tile * 4
         expert = tl.load(entry)
-        row = tl.load(entry + 1) + tl.arange(0, BM)
+        first = tl.load(entry + 1)
+        row = first + tl.arange(0, BM)
         inside = row < tl.load(entry + 2)
         pair = tl.load(order_ptr + row, mask=inside, other=0).to(tl.int32)
         rows = grad_ptr + (pair // CHOICES).to(tl.int64) * grad_steps[0]
         column = block * BN
         dh = tl.zeros((BM, BN), tl.float32)
         for depth in tl.range(0, WIDTH, BK):
-            du = load_rows(rows, depth, inside, False, WIDTH, BK)
+            if GATHERED:
+                du = du_tiles.load([first, depth])
+            else:
+                du = load_rows(rows, depth, inside, False, WIDTH, BK)
             weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
             dh = tl.dot(du, weights, dh, input_precision="ieee")
 
@@ -139,20 +152,29 @@ def _rows_of(pointer, steps, order_ptr, row, inside, CHOICES: tl.constexpr, GATH
 def _outer_kernel(
     left_ptr, left_steps, right_ptr, right_steps, order_ptr, firsts_ptr, p_ptr, out_ptr, CHOICES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LEFT_GATHERED: tl.constexpr, RIGHT_GATHERED: tl.constexpr,
-    LEFT_SCALED: tl.constexpr, RIGHT_SCALED: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LEFT_SCALED: tl.constexpr, RIGHT_SCALED: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """out[expert] (LEFT, RIGHT) = left^T right over the rows of an expert, BM by BN of it."""
-    lefts = tl.cdiv(LEFT, BM)
+    """out[expert] (LEFT, RIGHT) = left^T right over the rows of an expert: up to BLOCKS blocks of BM by BN, in turn.
+
+    An expert's rows make a short sum, so the sums of a program are one loop, whose pipeline fetches across
+    their borders.
+    """
     rights = tl.cdiv(RIGHT, BN)
-    expert = tl.program_id(0) // (lefts * rights)
-    block = tl.program_id(0) % (lefts * rights)
-    left_at = block // rights * BM
-    right_at = block % rights * BN
+    blocks = tl.cdiv(LEFT, BM) * rights
+    programs = tl.cdiv(blocks, BLOCKS)
+    expert = tl.program_id(0) // programs
+    first = tl.program_id(0) % programs * BLOCKS
     begin = tl.load(firsts_ptr + expert)
     end = tl.load(firsts_ptr + expert + 1)
+    steps = tl.maximum(tl.cdiv(end - begin, BK), 1)  # one without rows where there are none: it stores zeros
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(begin, end, BK):
-        row = start + tl.arange(0, BK)
+    for number in tl.range(0, tl.minimum(BLOCKS, blocks - first) * steps):
+        block = first + number // steps
+        step = number % steps
+        left_at = block // rights * BM
+        right_at = block % rights * BN
+        row = begin + step * BK + tl.arange(0, BK)
         inside = row < end
         # Both sides are masked: a row of another expert may hold NaN, which no zero would undo.
         place, pair = _rows_of(left_ptr, left_steps, order_ptr, row, inside, CHOICES, LEFT_GATHERED)
@@ -164,10 +186,12 @@ def _outer_kernel(
         if RIGHT_SCALED:
             right = scaled(right, tl.load(p_ptr + pair).to(tl.float32))
         acc = tl.dot(left.T, right, acc, input_precision="ieee")
-    i = left_at + tl.arange(0, BM)
-    j = right_at + tl.arange(0, BN)
-    place = out_ptr + (expert.to(tl.int64) * LEFT + i)[:, None] * RIGHT + j[None, :]
-    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])
+        if step == steps - 1:
+            i = left_at + tl.arange(0, BM)
+            j = right_at + tl.arange(0, BN)
+            here = out_ptr + (expert.to(tl.int64) * LEFT + i)[:, None] * RIGHT + j[None, :]
+            tl.store(here, acc.to(out_ptr.dtype.element_ty), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])
+            acc = tl.zeros((BM, BN), tl.float32)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -238,14 +262,14 @@ class Rows:
 
 
 def hidden_backward(
-    spec: ExpertSpec, grad: Tensor, w2: Tensor, plan: Plan, p: Tensor, pre: Tensor, dpre: Tensor, up_at: int,
+    spec: ExpertSpec, grad: Rows, w2: Tensor, plan: Plan, p: Tensor, pre: Tensor, dpre: Tensor, up_at: int,
     h: Tensor | None, share: Tensor | None, configs: Sequence[Tile],
 ) -> None:  # fmt: skip
     """Fills dpre, and where wanted h times its routing weight and the shares of the gradient of p.
 
     Args:
         spec: the formula of an expert.
-        grad: (T, l), rows of unit stride.
+        grad: of the outputs, by token, or made by `rows_like` in the order of the plan; without a weight.
         w2: (E, l, I), any strides.
         plan: of the call.
         p: (T * K), contiguous.
@@ -262,11 +286,13 @@ def hidden_backward(
         assert isinstance(config, Tile)
         weights = Weights.of(w2.mT, config.keys, config.depth)
         return {
-            "grad_ptr": grad, "grad_steps": grad.stride()[:1], "w": weights.source, "w_steps": weights.steps,
+            "grad_ptr": grad.x, "grad_steps": grad.x.stride()[:1], "GATHERED": not grad.by_token,
+            "du_tiles": None if grad.by_token else rows_in_tiles(grad.x, config.rows, config.depth),
+            "w": weights.source, "w_steps": weights.steps,
             "LAYOUT": weights.layout, "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows), "p_ptr": p,
             "pre_ptr": pre, "dpre_ptr": dpre, "dpre_steps": dpre.stride()[:1], "h_ptr": h,
             "h_steps": (0,) if h is None else h.stride()[:1], "share_ptr": share,
-            "CHOICES": plan.choices, "WIDTH": grad.shape[1], "INNER": inner,
+            "CHOICES": plan.choices, "WIDTH": grad.x.shape[1], "INNER": inner,
             "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner,
             "TO_GATE": up_at if swapped else 0, "TO_UP": 0 if swapped else up_at, "SCORE": spec.score,
             "HIDDEN": h is not None, "GROUP": config.group, "BK": config.depth, **formula(spec),
@@ -275,10 +301,20 @@ def hidden_backward(
     launch(_hidden_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(inner, c.keys), arguments)
 
 
-def outer(left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Tile]) -> None:
-    """Fills out (E, m, n), contiguous: left (rows, m) transposed times right (rows, n), over each expert's rows."""
+def outer(
+    left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Tile], processors: int,
+) -> None:  # fmt: skip
+    """Fills out (E, m, n), contiguous: left (rows, m) transposed times right (rows, n), over each expert's rows.
+
+    `processors` are those of the device, which decide how many blocks a program makes.
+    """
     experts, m, n = out.shape
     weight = left.weight if left.weight is not None else right.weight
+
+    def blocks(config: Config) -> tuple[int, int]:
+        """Those of an expert, and how many a program makes."""
+        found = triton.cdiv(m, config.rows) * triton.cdiv(n, config.keys)
+        return found, max(1, min(_BLOCKS, experts * found // (_PROGRAMS * processors)))
 
     def arguments(config: Config) -> dict[str, Any]:
         assert isinstance(config, Tile)
@@ -287,10 +323,10 @@ def outer(left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Ti
             "right_steps": right.x.stride()[:1], "order_ptr": plan.order, "firsts_ptr": plan.firsts, "p_ptr": weight,
             "out_ptr": out, "CHOICES": plan.choices, "LEFT": m, "RIGHT": n, "LEFT_GATHERED": left.by_token,
             "RIGHT_GATHERED": right.by_token, "LEFT_SCALED": left.weight is not None,
-            "RIGHT_SCALED": right.weight is not None, "BK": config.depth,
+            "RIGHT_SCALED": right.weight is not None, "BLOCKS": blocks(config)[1], "BK": config.depth,
         }  # fmt: skip
 
-    launch(_outer_kernel, configs, lambda c: experts * triton.cdiv(m, c.rows) * triton.cdiv(n, c.keys), arguments)
+    launch(_outer_kernel, configs, lambda c: experts * triton.cdiv(*blocks(c)), arguments)
 
 
 def sums(rows: Rows, plan: Plan, out: Tensor) -> None:

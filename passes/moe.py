@@ -341,5 +341,5 @@ def _check_operands(operands: Iterable[fx.Node | None], product: fx.Node, output
         raise Refusal("the products by expert do not run in the dtype of their weights and biases")
     value = fake(w1)
     assert value is not None
-    if not is_routed(value.device):
-        raise Refusal(f"no {value.device.type.upper()} kernel that is known to be faster in this version")
+    if not is_routed(value.device, value.dtype):
+        raise Refusal(f"no {value.device.type.upper()} kernel for experts in {value.dtype} in this version")

@@ -22,10 +22,10 @@ from s2o_inductor.ops import NAMESPACE, observed
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Device types that have kernels, and those on which passes put the operator in place of a model's own experts. CUDA
-# joins the latter when its kernels are measured to be no slower than what they replace.
-_DEVICES = ("cpu", "cuda")
-ROUTED_DEVICES = ("cpu",)
+# Device types that have kernels, and what these take.
+_KERNELS = {"cpu": _DTYPES, "cuda": _DTYPES[:3]}
+# Device types on which passes put the operator in place of a model's own experts.
+ROUTED_DEVICES = ("cpu", "cuda")
 _OPERANDS = "Tensor z, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor ids, Tensor p"
 
 torch.library.define(
@@ -101,9 +101,9 @@ def hidden_rows(pre: Tensor, spec: ExpertSpec) -> Tensor:
     return moe_cpu.hidden(pre, spec)
 
 
-def is_routed(device: torch.device) -> bool:
-    """Whether passes put `moe_experts` in place of a model's own experts on a device; see `ROUTED_DEVICES`."""
-    return device.type in ROUTED_DEVICES
+def is_routed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether passes put `moe_experts` in place of a model's own experts; see `ROUTED_DEVICES`."""
+    return device.type in ROUTED_DEVICES and dtype in _KERNELS[device.type]
 
 
 def check_operands(
@@ -181,7 +181,7 @@ def _backward_impl(
 
 
 def _need_kernel(device: torch.device) -> None:
-    if device.type not in _DEVICES:
+    if device.type not in _KERNELS:
         raise NotImplementedError(
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
             "(options={'disable': ['moe']})"

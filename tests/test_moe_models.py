@@ -168,14 +168,18 @@ def test_a_structure_is_verified_once_unless_always(monkeypatch: pytest.MonkeyPa
         assert len(runs) == expected
 
 
-def test_experts_on_a_device_without_a_kernel_are_declined() -> None:
+@pytest.mark.parametrize("kind", ["cuda:0", "mps:0"])
+def test_experts_without_a_kernel_are_declined(kind: str) -> None:
     gm, _ = captured_layers()
+    dtype = torch.float64 if kind == "cuda:0" else torch.float32
     with FakeTensorMode() as mode:
         for node in gm.graph.nodes:
             value = node.meta.get("example_value")
             if isinstance(value, torch.Tensor):
-                meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-                node.meta["example_value"] = FakeTensor(mode, meta, torch.device("cuda:0"))
+                kept = dtype if value.is_floating_point() else value.dtype
+                meta = torch.empty_strided(value.shape, value.stride(), dtype=kept, device="meta")
+                node.meta["example_value"] = FakeTensor(mode, meta, torch.device(kind))
     before = str(gm.graph)
-    assert rewritten(gm) == [("declined", "no CUDA kernel that is known to be faster in this version")] * 2
+    reason = f"no {kind[:-2].upper()} kernel for experts in {dtype} in this version"
+    assert rewritten(gm) == [("declined", reason)] * 2
     assert str(gm.graph) == before

@@ -60,6 +60,21 @@ def check_every_tile_height() -> None:
     assert heights == [16, 32, 64, 128]
 
 
+def check_gradients_of_weights_in_turn() -> None:
+    """Several blocks of an expert's gradient in one program, fewer in the last, over several steps of rows."""
+    from s2o_inductor.kernels import cuda_moe, triton_moe_backward
+    from s2o_inductor.kernels.triton_moe_tiles import Tile
+
+    before = cuda_moe.outer_tiles, triton_moe_backward._BLOCKS, triton_moe_backward._PROGRAMS
+    try:
+        cuda_moe.outer_tiles = lambda *_: [Tile(16, 16, 4, 1, depth=16)]
+        triton_moe_backward._BLOCKS, triton_moe_backward._PROGRAMS = 4, 1
+        for score in ("output", "input"):
+            check(typed(problem(ExpertSpec("relu2", score=score), 40, 2, 5, 24, 40), torch.float16))
+    finally:
+        cuda_moe.outer_tiles, triton_moe_backward._BLOCKS, triton_moe_backward._PROGRAMS = before
+
+
 def check_shared_tiles() -> None:
     """Programs that go through many tiles compute what as many programs as tiles do."""
     from s2o_inductor.kernels import cuda_moe
@@ -139,6 +154,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "programs that share tiles": check_shared_tiles,
     "a sorted plan": check_sorted_plan,
     "every tile height": check_every_tile_height,
+    "weights' gradients in turn": check_gradients_of_weights_in_turn,
     "only what is wanted": check_only_what_is_wanted,
     "repeats and ignores strangers": check_repeats_and_ignores_strangers,
     "nothing to do": check_nothing_to_do,
@@ -170,7 +186,7 @@ def test_tiles_and_parts_fit_the_call(
     assert 1 <= facts.parts(width, width) <= max(1, width // 64)
     for tiles in (
         cuda_moe.first_tiles(facts, width, True), cuda_moe.second_tiles(facts, width), cuda_moe.hidden_tiles(facts),
-        cuda_moe.outer_tiles(facts),
+        cuda_moe.outer_tiles(facts, width, 3 * width),
     ):  # fmt: skip
         for tile in tiles:
             for size in (tile.rows, tile.keys, tile.depth):

@@ -201,9 +201,9 @@ class _Module:
         modes = [mode for mode in (self.module.training, not self.module.training) if self._loops(runs[0], mode)]
         if not modes:
             return None
-        device = next(self.module.parameters()).device
-        if not is_routed(device):
-            raise NotExperts(f"no {device.type.upper()} kernel for experts in this version")
+        first = next(self.module.parameters())
+        if not is_routed(first.device, first.dtype):
+            raise NotExperts(f"no {first.device.type.upper()} kernel for experts in {first.dtype} in this version")
         if any(name in vars(self.module) for name in probe.methods(self.module)):
             raise NotExperts("another program has replaced a method of it")
         if any(type(x) not in (nn.Parameter, Tensor) for x in self.module.parameters()):

@@ -5,7 +5,9 @@ Needs a CUDA device; `pytest -n 8 tests/gpu` compiles kernels side by side. Unwr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from moe_cases import check, leaves, on_device, random_case, typed
 from test_moe_op import Problem, problem
 from torch import Tensor
 
+import s2o_inductor
 from s2o_inductor.kernels import reference_moe
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
@@ -164,3 +167,108 @@ def test_float64_is_refused() -> None:
     case = dataclasses.replace(sized("Mixtral", 4, 2, 4, 16, 16, "random"))
     with pytest.raises(NotImplementedError, match=r"got torch.float64: cast them"):
         case.to(torch.float64).run(moe_experts)
+
+
+# ------------------------------------------------------------------------------------ compiled models
+
+
+def sites() -> list[tuple[str, str, Any]]:
+    """(status, route, reason) of the sites of experts in the last report."""
+    found = [site for site in s2o_inductor.last_report().to_dict()["sites"] if site["kind"] == "moe"]
+    return [(site["status"], site["route"], site["reason"]) for site in found]
+
+
+def results(model: torch.nn.Module, call: Any, tokens: Tensor, training: bool) -> dict[str, Tensor]:
+    """Logits of a model; in training, gradients of its parameters too."""
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        logits = call(tokens, use_cache=False).logits
+    if not training:
+        return {"logits": logits.clone()}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(logits.double().square().sum(), parameters)
+    return {"logits": logits.detach(), **dict(zip(names, grads, strict=True))}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt_oss"])
+def test_compiled_hugging_face_models(name: str, implementation: str, training: bool) -> None:
+    """In float32, where no choice of an expert hangs on rounding; the loop of "eager" is prepared."""
+    from test_moe_models import build
+
+    torch._dynamo.reset()
+    model = build(name, "eager").cuda()
+    exact = copy.deepcopy(model).double()
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0)).cuda()
+    expected, gold = (results(one, one, tokens, training) for one in (model, exact))
+    model.set_experts_implementation(implementation)
+    if implementation == "eager":
+        assert len(s2o_inductor.prepare(model).prepared) == 2
+    compiled = torch.compile(model, backend="s2o", options={"experts": True})
+    actual = results(model, compiled, tokens, training)
+    if implementation != "eager":
+        assert sites() == [("rewritten", "triton", None)] * 2
+    for key, value in actual.items():
+        assert_close_to_gold(value, expected[key], gold[key], what=key, condition=8.0)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Nemotron-H"])
+def test_compiled_experts_in_bfloat16(name: str, implementation: str) -> None:
+    """Experts alone, for given choices: output and gradients, for any number of tokens, in one graph."""
+    transformers = pytest.importorskip("transformers")
+    if name == "Qwen3-MoE":
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts as Experts
+
+        config = transformers.Qwen3MoeConfig(hidden_size=96, moe_intermediate_size=64, num_experts=16)
+    else:
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts as Experts
+
+        config = transformers.NemotronHConfig(
+            hidden_size=96, moe_latent_size=48, moe_intermediate_size=64, n_routed_experts=16
+        )
+    config._experts_implementation = implementation
+    torch._dynamo.reset()
+    layer = Experts(config).bfloat16().cuda()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    w1, w2 = (x for _, x in layer.named_parameters())
+    spec = SPECS["Mixtral" if name == "Qwen3-MoE" else "Nemotron"]
+    compiled = torch.compile(layer, backend="s2o", options={"experts": True}, dynamic=True, fullgraph=True)
+    for tokens in (5, 300):
+        z, (ids, p) = normal(tokens, w2.shape[1], seed=tokens), choose(tokens, 4, 16, tokens)
+        p = p.bfloat16()
+        grad = torch.randn_like(z)
+
+        def run(call: Any, dtype: torch.dtype, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+            out = call(*leaves)
+            return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))  # noqa: B023 - called at once
+
+        def reference(z: Tensor, p: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+            return reference_moe.experts(z, w1, w2, ids, p, spec)  # noqa: B023 - called at once
+
+        gold, low = (run(reference, dtype, (z, p, w1, w2)) for dtype in (torch.float64, torch.bfloat16))
+        given = [x.detach().requires_grad_() for x in (z, p)]
+        out = compiled(given[0], ids, given[1])
+        actual = (out.detach(), *torch.autograd.grad(out, [*given, w1, w2], grad))
+        assert sites()[-1] == ("rewritten", "triton", None)
+        for what, one, below, exact in zip(("output", "z", "p", "w1", "w2"), actual, low, gold, strict=True):
+            assert_close_to_gold(one, below, exact, what=what, condition=8.0)
+
+
+def test_compiled_with_cuda_graphs() -> None:
+    """A recorded layer follows its input, to the bit."""
+    from test_moe_models import build
+
+    torch._dynamo.reset()
+    layer = build("qwen3", "grouped_mm").model.layers[0].mlp.bfloat16().cuda()
+    options = {"experts": True, "triton.cudagraphs": True}
+    recorded = torch.compile(layer, backend="s2o", options=options)
+    plain = torch.compile(copy.deepcopy(layer), backend="s2o", options={"experts": True})
+    with torch.no_grad():
+        for seed in range(5):
+            x = normal(1, 7, 32, seed=seed)
+            assert torch.equal(recorded(x).clone(), plain(x)), seed
+    assert ("rewritten", "triton", None) in sites()
