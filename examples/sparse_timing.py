@@ -136,7 +136,8 @@ def sweep(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
         original = getattr(module, name)
         try:
             for config in configs:
-                setattr(module, name, lambda *_, config=config: [Config(*config)])
+                one = Config(*config[:4], registers=(*config, None)[4])
+                setattr(module, name, lambda *_, one=one: [one])
                 geometry = Geometry(tile=config[0]) if kernel == "attend_kernel" else Geometry()
                 try:
                     found = profile(q, k, v, NEVER, 0.1, geometry)
