@@ -24,6 +24,8 @@ class Product:
         transposed: the weight is stored (E, in, out).
         routing: offsets, or the expert of each row; None where every expert takes every token.
         shared: rows are the tokens (T, l) themselves, one for all choices of a token.
+        gathered: the product reads a copy of a matrix for each of its rows.
+        bias: what the product itself adds to each row.
     """
 
     node: fx.Node
@@ -32,6 +34,8 @@ class Product:
     transposed: bool
     routing: fx.Node | None
     shared: bool = False
+    gathered: bool = False
+    bias: fx.Node | None = None
 
 
 def read_product(flow: Flow, node: fx.Node) -> Product | None:
@@ -50,7 +54,7 @@ def read_product(flow: Flow, node: fx.Node) -> Product | None:
             gathered = flow.read(node, weight)
             indexed = None if gathered is None else _gathered_weight(flow, gathered)
             if indexed is not None and isinstance(rows, fx.Node):
-                return Product(node, rows, indexed[0], transposed, indexed[1])
+                return Product(node, rows, indexed[0], transposed, indexed[1], gathered=True)
     return _read_einsum(flow, node) if op_name(node) == "einsum" else None
 
 
@@ -65,6 +69,28 @@ def read_dense_product(flow: Flow, node: fx.Node) -> Product | None:
         return None
     base, flipped = _untransposed(flow, node, weight)
     return Product(node, rows, base, not flipped, None)
+
+
+def read_linear(flow: Flow, node: fx.Node) -> Product | None:
+    """Rows times one matrix, which may be that of one expert."""
+    name, bias = op_name(node), None
+    if name == "linear":
+        rows, weight, bias = (argument(node, at, key) for at, key in enumerate(("input", "weight", "bias")))
+    elif name in ("matmul", "mm"):
+        rows, weight = argument(node, 0, "input", "self"), argument(node, 1, "mat2", "other")
+    else:
+        return None
+    known = all(isinstance(one, fx.Node) and fake(one) is not None for one in (rows, weight))
+    if not known or len(shape_of(weight)) != 2 or len(shape_of(rows)) < 2:
+        return None
+    base, flipped = _untransposed(flow, node, weight)
+    return Product(node, rows, base, flipped == (name == "linear"), None, bias=bias)
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether a node is dropout that drops nothing."""
+    idle = argument(node, 1, "p", default=0.5) == 0 or argument(node, 2, "training", "train", default=True) is False
+    return op_name(node) == "dropout" and idle
 
 
 def _read_einsum(flow: Flow, node: fx.Node) -> Product | None:
@@ -85,16 +111,17 @@ def _read_einsum(flow: Flow, node: fx.Node) -> Product | None:
             continue
         out = next(label for label in matrix if label not in summed)
         if found.result_labels == (token, choice, out):
-            return Product(node, rows, source[0], matrix[0] in summed, source[1], shared)
+            return Product(node, rows, source[0], matrix[0] in summed, source[1], shared, gathered=True)
     return None
 
 
 def _untransposed(flow: Flow, reader: fx.Node, weight: fx.Node) -> tuple[fx.Node, bool]:
-    """The tensor of which a weight (E, in, out) is the transpose, if it is one."""
-    if op_name(weight) in ("transpose", "mT") and flow.read(reader, weight) is weight:
+    """The tensor of which a weight (E, in, out) or (in, out) is the transpose, if it is one."""
+    if op_name(weight) in ("transpose", "mT", "T") and flow.read(reader, weight) is weight:
+        last = len(shape_of(weight))
         dims = {argument(weight, 1, "dim0"), argument(weight, 2, "dim1")}
-        source = weight.args[0]
-        if (op_name(weight) == "mT" or dims in ({-1, -2}, {1, 2})) and isinstance(source, fx.Node):
+        source, whole = weight.args[0], op_name(weight) == "mT" or (op_name(weight) == "T" and last == 2)
+        if (whole or dims in ({-1, -2}, {last - 2, last - 1})) and isinstance(source, fx.Node):
             return source, True
     return weight, False
 
