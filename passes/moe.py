@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from s2o_inductor.moe_ops import is_routed
@@ -163,7 +162,7 @@ def make_site(
     """
     if any(one.transposed != last.transposed for one in first):
         raise Refusal("first and second weights are stored in different orders, (in, out) and (out, in)")
-    activation = read_activation(flow, [one.node for one in first], last.node, last.rows, _inner(last))
+    activation = read_activation(flow, [one.node for one in first], last.node, last.rows, inner_width(last))
     found: list[tuple[Score, tuple[fx.Node, fx.Node]]] = []
     placed: tuple[tuple[Score, Any], ...] = (
         ("output", combine.factor), ("input", factor), ("hidden", activation.scores),
@@ -189,18 +188,18 @@ def make_site(
         raise Refusal("gate and up projection have a bias each")
     matrices = [w1, last.weight, w3, bias, combine.bias if last.bias is None else last.bias]
     _check_operands([tokens, made(combine.output), ids, weights, *matrices], first[0].node)
-    lowered = _lowered(first[0], last, matrices)
+    _check_dtypes([*first, last], matrices)
     w1s, w2s, w3s, b1s, b2s = (one if one is None or own is None else own(one) for one in matrices)
     assert w1s is not None and w2s is not None
     site = ExpertsSite(
         where(first[0].node), combine.output, (), tokens, w1s, w2s, ids, weights, spec, w3s, b1s, b2s,
-        base=combine.base, lowered=lowered,
+        base=combine.base,
     )  # fmt: skip
     operands = {*site.operand_nodes(), *each(combine.base)}
     return dataclasses.replace(site, region=region_of(flow, combine.output, operands))
 
 
-def _inner(last: Product) -> int:
+def inner_width(last: Product) -> int:
     inner = shape_of(last.weight)[-2 if last.transposed else -1]
     if not isinstance(inner, int):
         raise Refusal("the width of the experts is not a constant")
@@ -359,19 +358,17 @@ def _check_operands(operands: Iterable[fx.Node | None], product: fx.Node) -> Non
         raise Refusal(f"no {device.type.upper()} kernel that is known to be faster in this version")
 
 
-def _lowered(first: Product, last: Product, matrices: Iterable[fx.Node | None]) -> torch.dtype | None:
-    """To which dtype autocast lowers every expert's weights; the operator runs in that of the weights otherwise.
+def _check_dtypes(products: Iterable[Product], matrices: Iterable[fx.Node | None]) -> None:
+    """Products run in the dtype of the weights, or where autocast lowers them, in a shorter one.
 
-    Where it lowers copies of the chosen ones alone, a cast of all would take longer than their products, and to make
-    those copies takes longer still: the operator, which makes none, keeps the dtype of the weights.
+    The operator keeps the dtype of the weights, as it does under autocast by itself: to lower those of all experts in
+    every step takes longer than their products, and to lower copies of the chosen ones, longer still.
 
     Raises:
         Refusal: the products run in another dtype for another reason.
     """
     weights = {dtype_of(node) for node in matrices if node is not None}
-    runs = {dtype_of(one.node) for one in (first, last)}
-    if weights == runs and len(runs) == 1:
-        return None
-    if len(weights) != 1 or len(runs) != 1 or next(iter(runs)).itemsize >= next(iter(weights)).itemsize:
+    runs = {dtype_of(one.node) for one in products}
+    lowered = len(runs) == 1 and max(run.itemsize for run in runs) < min(weight.itemsize for weight in weights)
+    if len(weights) != 1 or not (weights == runs or lowered):
         raise Refusal("the products by expert do not run in the dtype of their weights and biases")
-    return None if last.gathered else runs.pop()

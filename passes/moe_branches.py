@@ -18,7 +18,7 @@ from s2o_inductor.passes.flow import Flow
 from s2o_inductor.passes.graph_utils import Refusal, argument, dtype_of, op_name, shape_of
 from s2o_inductor.passes.moe import MOVES, rows_and_factor
 from s2o_inductor.passes.moe_activation import ROWWISE
-from s2o_inductor.passes.moe_products import is_idle_dropout, read_linear
+from s2o_inductor.passes.moe_products import read_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,37 +43,45 @@ class Loop:
     Attributes:
         base: what a sum starts from, None for nothing.
         stacked: the terms are not added up yet.
+        sure: it is a candidate even if its terms turn out to differ. A sum over all tokens of what nothing weights
+            may be one of layers.
     """
 
     output: fx.Node
     terms: tuple[Term, ...]
     base: fx.Node | None = None
     stacked: bool = False
+    sure: bool = True
 
 
 def find_loops(flow: Flow) -> list[Loop]:
-    """Every sum of weighted terms and every stack that may be of experts, of two or more."""
+    """Every sum and every stack of two or more terms that may be experts."""
     sums: dict[fx.Node, Loop] = {}
     found = []
     for node in flow.nodes:
         parts = argument(node, 0, "tensors") if op_name(node) == "stack" else ()
         if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_expert(flow, node, part) for part in parts):
             found.append(Loop(node, tuple(Term(node, part) for part in parts), stacked=True))
-        links = [(total, term) for total, term in _links(flow, node) if _is_weighted_expert(flow, term)]
+        links = [(total, term) for total, term in _links(flow, node) if _is_expert(flow, term.reader, term.node)]
         for total, term in links:
             so_far = None if total is None else sums.get(total)
-            if total is None or so_far is None or not _reads_alone(flow, total, node):
-                continue
-            if (so_far.terms[0].index is None) == (term.index is None):
+            if total is not None and so_far is not None and _continues(flow, so_far, total, term, node):
                 sums[node] = dataclasses.replace(so_far, output=node, terms=(*so_far.terms, term))
                 del sums[total]
                 break
         else:
+            sure = bool(links) and _is_weighted(flow, links[0][1])
             if len(links) == 2:  # two terms, or one and what it is added to; in the order of the sum
-                sums[node] = Loop(node, (links[1][1], links[0][1]))
+                sums[node] = Loop(node, (links[1][1], links[0][1]), sure=sure)
             elif links:
-                sums[node] = Loop(node, (links[0][1],), base=links[0][0])
+                sums[node] = Loop(node, (links[0][1],), base=links[0][0], sure=sure)
     return [*found, *(loop for loop in sums.values() if len(loop.terms) > 1)]
+
+
+def _continues(flow: Flow, so_far: Loop, total: fx.Node, term: Term, node: fx.Node) -> bool:
+    """Whether a term belongs to a sum: it is weighted, or for some tokens, as the first is."""
+    alike = (so_far.terms[0].index is None) == (term.index is None) and so_far.sure == _is_weighted(flow, term)
+    return alike and _reads_alone(flow, total, node)
 
 
 def _links(flow: Flow, node: fx.Node) -> Iterator[tuple[fx.Node | None, Term]]:
@@ -130,29 +138,28 @@ def _is_expert(flow: Flow, reader: fx.Node, node: Any) -> bool:
         seen.add(value)
         if read_linear(flow, value) is not None:
             return True
-        if op_name(value) in ROWWISE or is_idle_dropout(value):
+        if op_name(value) in ROWWISE | {"dropout"}:
             pending += [flow.read(value, source) for source in value.all_input_nodes]
     return False
 
 
-def _is_weighted_expert(flow: Flow, term: Term) -> bool:
-    """Whether a term is of an expert, for some tokens or with a number per token: sums of others are of layers."""
+def _is_weighted(flow: Flow, term: Term) -> bool:
+    """Whether a term is for some tokens, or its rows are multiplied by a number each."""
     value = flow.read(term.reader, term.node)
     while term.index is None and value is not None and op_name(value) != "mul" and read_linear(flow, value) is None:
         value = None if (rows := rows_of(value)) is None else flow.read(value, rows)
-    weighted = term.index is not None or (value is not None and op_name(value) == "mul")
-    return weighted and _is_expert(flow, term.reader, term.node)
+    return term.index is not None or (value is not None and op_name(value) == "mul")
 
 
 def rows_of(node: fx.Node) -> fx.Node | None:
-    """What a view, a cast, dropout that does nothing or a product with one number per row does that to."""
+    """What a view, a cast, dropout or a product with one number per row does that to."""
     if op_name(node) == "mul":
         try:
             return rows_and_factor(node)[0]
         except Refusal:
             return None
     source = argument(node, 0, "input", "self")
-    return source if isinstance(source, fx.Node) and (op_name(node) in MOVES or is_idle_dropout(node)) else None
+    return source if isinstance(source, fx.Node) and op_name(node) in MOVES | {"dropout"} else None
 
 
 # ------------------------------------------------------------------------------ that branches are alike

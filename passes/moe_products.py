@@ -24,7 +24,6 @@ class Product:
         transposed: the weight is stored (E, in, out).
         routing: offsets, or the expert of each row; None where every expert takes every token.
         shared: rows are the tokens (T, l) themselves, one for all choices of a token.
-        gathered: the product reads a copy of a matrix for each of its rows.
         bias: what the product itself adds to each row.
     """
 
@@ -34,7 +33,6 @@ class Product:
     transposed: bool
     routing: fx.Node | None
     shared: bool = False
-    gathered: bool = False
     bias: fx.Node | None = None
 
 
@@ -54,7 +52,7 @@ def read_product(flow: Flow, node: fx.Node) -> Product | None:
             gathered = flow.read(node, weight)
             indexed = None if gathered is None else _gathered_weight(flow, gathered)
             if indexed is not None and isinstance(rows, fx.Node):
-                return Product(node, rows, indexed[0], transposed, indexed[1], gathered=True)
+                return Product(node, rows, indexed[0], transposed, indexed[1])
     return _read_einsum(flow, node) if op_name(node) == "einsum" else None
 
 
@@ -111,7 +109,7 @@ def _read_einsum(flow: Flow, node: fx.Node) -> Product | None:
             continue
         out = next(label for label in matrix if label not in summed)
         if found.result_labels == (token, choice, out):
-            return Product(node, rows, source[0], matrix[0] in summed, source[1], shared, gathered=True)
+            return Product(node, rows, source[0], matrix[0] in summed, source[1], shared)
     return None
 
 

@@ -19,10 +19,11 @@ from torch import fx
 
 from s2o_inductor.passes.flow import Flow, written
 from s2o_inductor.passes.graph_utils import Refusal, argument, fake, op_name, same, shape_of, where
-from s2o_inductor.passes.moe import ZEROS, Combine, as_large, check_fill, make_site, rows_and_factor
+from s2o_inductor.passes.moe import ZEROS, Combine, as_large, check_fill, inner_width, make_site, rows_and_factor
+from s2o_inductor.passes.moe_activation import read_activation
 from s2o_inductor.passes.moe_branches import Branches, Loop, find_loops, rows_of
 from s2o_inductor.passes.moe_dense import TURNS, are_distinct, chosen_places
-from s2o_inductor.passes.moe_products import INTEGERS, Product, read_linear
+from s2o_inductor.passes.moe_products import INTEGERS, Product, is_idle_dropout, read_linear
 from s2o_inductor.passes.records import Declined, ExpertsSite, PerExpert, each
 
 # From a weight of a row, or the position of a token, back to the routing: what neither adds nor learns anything.
@@ -40,23 +41,41 @@ def find_unrolled(flow: Flow) -> tuple[list[ExpertsSite], list[Declined], set[fx
     sites: list[ExpertsSite] = []
     declined: list[Declined] = []
     lookups: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
     for loop in find_loops(flow):
-        for term in loop.terms:
-            lookups.update(() if term.index is None else (term.index, *term.index.all_input_nodes))
         try:
-            sites.append(_read_site(flow, loop))
+            branches = Branches(flow, loop)
+            if loop.sure or branches.numbered:
+                _note_lookups(loop, seen, lookups)
+                sites.append(_read_site(flow, loop, branches))
         except Refusal as refusal:
+            if not loop.sure:
+                continue
+            _note_lookups(loop, seen, lookups)
             declined.append(Declined("moe", where(loop.terms[0].node), str(refusal), loop.output))
     return sites, declined, lookups
 
 
-def _read_site(flow: Flow, loop: Loop) -> ExpertsSite:
+def _note_lookups(loop: Loop, seen: set[fx.Node], lookups: set[fx.Node]) -> None:
+    """Notes the nodes behind a loop that find the tokens of an expert."""
+    pending = [node for term in loop.terms for node in (term.node, *each(term.index))]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if op_name(node) in ("where", "nonzero"):
+            lookups.add(node)
+        else:
+            pending += node.all_input_nodes
+
+
+def _read_site(flow: Flow, loop: Loop, branches: Branches) -> ExpertsSite:
     """The site of one loop.
 
     Raises:
         Refusal: it is no routed sum of like experts.
     """
-    branches = Branches(flow, loop)
     last, factor = _second_product(flow, loop)
     first = _first_products(flow, branches, last)
     tokens, scale, at = _read_tokens(flow, branches, first)
@@ -68,8 +87,11 @@ def _read_site(flow: Flow, loop: Loop) -> ExpertsSite:
             raise Refusal("routing weights are applied before the experts' outputs are stacked")
         output, factor, looked_up = _read_stack(flow, loop, tokens)
     routing = _Routing(flow, branches, tokens)
-    ids = None if looked_up is None else routing.choices(*looked_up)
+    indices = [*each(loop.terms[0].index), *(() if looked_up is None else [flow.read(*looked_up)])]
+    ids = _one([routing.choices(index) for index in indices])
     weighted = factor or scale
+    if ids is None and weighted is None:
+        weighted = read_activation(flow, [one.node for one in first], last.node, last.rows, inner_width(last)).scores
     if ids is None and weighted is None:
         raise Refusal("the experts' outputs are summed without routing weights")
     if weighted is not None:
@@ -115,10 +137,16 @@ def _second_product(flow: Flow, loop: Loop) -> tuple[Product, _Read | None]:
             if factor is not None:
                 raise Refusal("routing weights are applied twice")
             factor = (node, rows_and_factor(node)[1])
-        check_fill(node)
+        _check_step(node)
         rows = rows_of(node)
         node = None if rows is None else flow.read(node, rows)
     raise Refusal("an expert of the unrolled loop does not end in a linear layer")
+
+
+def _check_step(node: fx.Node) -> None:
+    check_fill(node)
+    if op_name(node) == "dropout" and not is_idle_dropout(node):
+        raise Refusal("the experts have dropout")
 
 
 def _first_products(flow: Flow, branches: Branches, last: Product) -> list[Product]:
@@ -149,6 +177,7 @@ def _read_tokens(flow: Flow, branches: Branches, first: list[Product]) -> tuple[
     if len(sources) != 1:
         raise Refusal("the products by expert do not share their rows")
     while node is not None and node in branches.first:
+        _check_step(node)
         rows, name = rows_of(node), op_name(node)
         if name == "mul" and scale is None and rows is not None:
             scale = (node, rows_and_factor(node)[1])
@@ -248,13 +277,13 @@ class _Routing:
         self._inside = branches.first
         self._leading = shape_of(tokens)[:-1]
 
-    def choices(self, reader: fx.Node, node: fx.Node) -> fx.Node:
+    def choices(self, index: fx.Node | None) -> fx.Node:
         """The choices (T, K) that alone decide an index.
 
         Raises:
             Refusal: something else takes part.
         """
-        found = [self._choices(leaf) for leaf in self._shared(reader, node)]
+        found = [self._choices(leaf) for leaf in self._shared(index)]
         chosen = _one([one for one in found if one is not None])
         if chosen is None or None in found:
             raise Refusal("the tokens of an expert are not those that have it among their choices")
@@ -268,7 +297,7 @@ class _Routing:
         """
         choices: list[fx.Node] = []
         weights: list[fx.Node | None] = []
-        for leaf in self._shared(reader, node):
+        for leaf in self._shared(self._flow.read(reader, node)):
             chosen = self._choices(leaf)
             if chosen is None:
                 weights.append(self._matrix(leaf))
@@ -278,10 +307,10 @@ class _Routing:
             raise Refusal("the weight of a row does not come from a matrix (tokens, choices) of routing weights")
         return weights[0], list(dict.fromkeys(choices))
 
-    def _shared(self, reader: fx.Node, node: fx.Node) -> list[fx.Node]:
+    def _shared(self, start: fx.Node | None) -> list[fx.Node]:
         """What all branches read in common, of what a value is computed from."""
         found: dict[fx.Node, None] = {}
-        pending, seen = [self._flow.read(reader, node)], set[fx.Node]()
+        pending, seen = [start], set[fx.Node]()
         while pending:
             value = pending.pop()
             if value is None:

@@ -117,17 +117,18 @@ def _run(site: ExpertsSite, routing: str, sizes: Mapping[int, int]) -> verify.Ou
 
 def _operator(site: ExpertsSite, inputs: Mapping[fx.Node, Any]) -> Tensor:
     """The operator as `rewrite.replace_experts` will call it, on these inputs."""
-    computed = inputs[site.last].dtype if site.lowered is None else site.lowered
 
-    def lowered(operand: PerExpert | None) -> Any:
-        values = [inputs[node].to(computed) for node in each(operand)]
-        return values if isinstance(site.w2, tuple) else values[0] if values else None
+    def values(operand: PerExpert | None) -> Any:
+        found = [inputs[node] for node in each(operand)]
+        return found if isinstance(site.w2, tuple) else found[0] if found else None
 
-    matrices = map(lowered, site.operands()[1:6])
+    matrices = map(values, site.operands()[1:6])
     weights, ids = inputs[site.weights], inputs[site.ids]
     if site.dense:
         weights = weights.gather(-1, ids)
-    z, ids, weights = (x.reshape(-1, x.shape[-1]) for x in (inputs[site.tokens].to(computed), ids, weights))
+    z, ids, weights = (
+        x.reshape(-1, x.shape[-1]) for x in (inputs[site.tokens].to(inputs[site.last].dtype), ids, weights)
+    )
     call = torch.ops.s2o.moe_experts_list if isinstance(site.w2, tuple) else torch.ops.s2o.moe_experts
     found: Tensor = call(z, *matrices, ids, weights, site.spec.text(), False, "")[0]
     return found

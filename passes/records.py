@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import fx
 
 from s2o_inductor.mask_spec import EmptyRows, MaskSpec
@@ -93,7 +92,6 @@ class ExpertsSite:
         dense: weights are (T, E), zero but for the choices.
         distinct: no token has the same expert twice among its choices.
         base: what the weighted sum is added to, shaped like the output.
-        lowered: the dtype to which autocast lowers the weights of all experts.
         numbered: nodes of the region whose literals are the number of an expert.
     """
 
@@ -112,7 +110,6 @@ class ExpertsSite:
     dense: bool = False
     distinct: bool = False
     base: fx.Node | None = None
-    lowered: torch.dtype | None = None
     numbered: frozenset[fx.Node] = frozenset()
 
     def operands(self) -> tuple[PerExpert | None, ...]:

@@ -84,14 +84,10 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
         return node if len(shape) == 2 else call("reshape", node, -1, shape[-1])
 
     with graph.inserting_before(site.output):
-        lower = site.lowered
-        computed = site.last.meta["example_value"].dtype if lower is None else lower
-        operands: list[Any] = [
-            operand if operand is None or lower is None
-            else tuple(call("to", one, lower) for one in operand) if isinstance(operand, tuple)
-            else call("to", operand, lower)
-            for operand in site.operands()[1:6]
-        ]  # fmt: skip
+        computed = site.last.meta["example_value"].dtype
+        operands: list[Any] = list(site.operands()[1:6])
+        if separate:
+            operands = [list(each(operand)) for operand in operands]
         tokens, weights = site.tokens, site.weights
         if site.dense:
             weights = call("gather", weights, -1, site.ids)
@@ -100,8 +96,6 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
         routed = [
             matrix(tokens, site.tokens), matrix(site.ids, site.ids), matrix(weights, site.ids)
         ]  # fmt: skip
-        if separate:
-            operands = [list(each(operand)) for operand in operands]
         target = MOE_EXPERTS_LIST if separate else MOE_EXPERTS
         pair = graph.call_function(target, (routed[0], *operands, *routed[1:], site.spec.text(), keep, name))
         result = graph.call_function(operator.getitem, (pair, 0))
