@@ -155,7 +155,7 @@ def test_two_layers_of_loops_are_two_sites() -> None:
     assert rewritten(layers, *operands()) == [("rewritten", "")] * 2
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     experts=st.integers(2, 5), choices=st.integers(1, 2), tokens=st.sampled_from([1, 3, 8]), data=st.data(),
 )  # fmt: skip
