@@ -114,6 +114,11 @@ def shape_of(node: fx.Node) -> tuple[Size, ...]:
     return tuple(size_of(size) for size in value.shape)
 
 
+def made(node: fx.Node) -> fx.Node:
+    """The node that holds what another one makes: itself, or the buffer that it assigns to."""
+    return node.args[0] if node.target is operator.setitem and isinstance(node.args[0], fx.Node) else node
+
+
 def dtype_of(node: fx.Node) -> torch.dtype:
     """The dtype of a node; raises Refusal like `shape_of`."""
     value = fake(node)

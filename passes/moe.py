@@ -26,6 +26,7 @@ from s2o_inductor.passes.graph_utils import (
     argument,
     dtype_of,
     fake,
+    made,
     op_name,
     plain,
     product_of_sizes,
@@ -36,7 +37,7 @@ from s2o_inductor.passes.graph_utils import (
 from s2o_inductor.passes.moe_activation import read_activation
 from s2o_inductor.passes.moe_products import INTEGERS, Product, gather, read_bias, read_product
 from s2o_inductor.passes.moe_region import region_of
-from s2o_inductor.passes.records import Declined, ExpertsSite
+from s2o_inductor.passes.records import Declined, ExpertsSite, PerExpert, each
 
 CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "double"))
 # What moves rows or fills those of no expert, and computes nothing.
@@ -47,7 +48,7 @@ _GATHERS = frozenset(("getitem", "index_select", "repeat_interleave", "gather"))
 _SUMS = frozenset(("sum", "index_add", "scatter_add"))
 # What never stands between the two products of an expert: behind it lie other layers.
 _OUTSIDE = _SUMS | {"layer_norm", "rms_norm", "linear", "repeat", "expand"}
-_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def find_experts(graph: fx.Graph) -> tuple[list[ExpertsSite], list[Declined]]:
     Args:
         graph: a Dynamo graph whose nodes hold fake tensors under meta["example_value"].
     """
-    from s2o_inductor.passes import moe_candidates, moe_dense
+    from s2o_inductor.passes import moe_candidates, moe_dense, moe_unrolled
 
     flow = Flow(graph)
     read = ((node, read_product(flow, node)) for node in flow.nodes)
@@ -80,8 +81,9 @@ def find_experts(graph: fx.Graph) -> tuple[list[ExpertsSite], list[Declined]]:
     for node in products.keys() - used:
         declined.append(Declined("moe", where(node), "no second product by expert follows the activation", node))
     dense, refused, of_dense = read_pairs(flow, moe_dense.dense_products(flow), moe_dense.read_site)
-    declined += refused + moe_candidates.find_loops(flow, used | of_dense)
-    return sorted(sites + dense, key=lambda site: flow.position[site.output]), declined
+    unrolled, others, lookups = moe_unrolled.find_unrolled(flow)
+    declined += refused + others + moe_candidates.find_candidates(flow, used | of_dense | lookups)
+    return sorted([*sites, *dense, *unrolled], key=lambda site: flow.position[site.output]), declined
 
 
 def read_pairs(
@@ -140,15 +142,27 @@ def _read_site(flow: Flow, first: list[Product], last: Product) -> ExpertsSite:
 def make_site(
     flow: Flow, first: list[Product], last: Product, tokens: fx.Node, ids: fx.Node, combine: Combine,
     factor: tuple[fx.Node, fx.Node] | None, read_scores: Callable[[fx.Node, fx.Node], fx.Node],
+    own: Callable[[fx.Node], PerExpert] | None = None,
 ) -> ExpertsSite:  # fmt: skip
-    """The site out of its parts; `factor` multiplies the tokens, `read_scores` leads from a factor to its matrix.
+    """The site out of its parts.
+
+    Args:
+        flow: of the graph.
+        first: one or two products, and
+        last: what follows them: of all experts, or of the first of those that `own` tells apart.
+        tokens: as in `ExpertsSite`, and so are
+        ids: the choices.
+        combine: what follows the second product.
+        factor: what multiplies the tokens.
+        read_scores: leads from a factor to its matrix.
+        own: from a weight of the first expert to those of all.
 
     Raises:
         Refusal: the parts make no site.
     """
     if any(one.transposed != last.transposed for one in first):
         raise Refusal("first and second weights are stored in different orders, (in, out) and (out, in)")
-    activation = read_activation(flow, [one.node for one in first], last.node, last.rows, _inner(last))
+    activation = read_activation(flow, [one.node for one in first], last.node, last.rows, inner_width(last))
     found: list[tuple[Score, tuple[fx.Node, fx.Node]]] = []
     placed: tuple[tuple[Score, Any], ...] = (
         ("output", combine.factor), ("input", factor), ("hidden", activation.scores),
@@ -160,7 +174,7 @@ def make_site(
         )
     score, (reader, node) = found[0]
     weights = read_scores(reader, node)
-    shape = shape_of(combine.output)
+    shape = shape_of(made(combine.output))
     if not same(shape[-1], shape_of(tokens)[-1]):
         raise Refusal("the experts change the width of a token")
     if len(shape) != 2 and sum(not isinstance(size, int) for size in shape) > 1:
@@ -169,17 +183,24 @@ def make_site(
     if len(first) == 2:
         w1, w3 = (one.weight for one in (first if not activation.swapped else first[::-1]))
     spec = dataclasses.replace(activation.spec, score=score, transposed=last.transposed)
-    operands = [tokens, w1, last.weight, ids, weights, w3, activation.bias, combine.bias]
-    _check_operands(operands, first[0].node, combine.output)
-    region = region_of(flow, combine.output, {one for one in (*operands, combine.base) if one is not None})
-    return ExpertsSite(
-        where(first[0].node), combine.output, region, tokens, w1, last.weight, ids, weights, spec, w3,
-        activation.bias, combine.bias, base=combine.base,
+    bias = activation.bias if first[0].bias is None else first[0].bias
+    if len(first) == 2 and any(one.bias is not None for one in first):
+        raise Refusal("gate and up projection have a bias each")
+    matrices = [w1, last.weight, w3, bias, combine.bias if last.bias is None else last.bias]
+    _check_operands([tokens, made(combine.output), ids, weights, *matrices], first[0].node)
+    _check_dtypes([*first, last], matrices)
+    w1s, w2s, w3s, b1s, b2s = (one if one is None or own is None else own(one) for one in matrices)
+    assert w1s is not None and w2s is not None
+    site = ExpertsSite(
+        where(first[0].node), combine.output, (), tokens, w1s, w2s, ids, weights, spec, w3s, b1s, b2s,
+        base=combine.base,
     )  # fmt: skip
+    operands = {*site.operand_nodes(), *each(combine.base)}
+    return dataclasses.replace(site, region=region_of(flow, combine.output, operands))
 
 
-def _inner(last: Product) -> int:
-    inner = shape_of(last.weight)[1 if last.transposed else 2]
+def inner_width(last: Product) -> int:
+    inner = shape_of(last.weight)[-2 if last.transposed else -1]
     if not isinstance(inner, int):
         raise Refusal("the width of the experts is not a constant")
     return inner
@@ -274,7 +295,7 @@ def read_combine(flow: Flow, last: Product, tokens: fx.Node) -> Combine:
         Refusal: it is no weighted sum.
     """
     node, factor, bias, base, summed = last.node, None, None, None, False
-    while not summed or not _as_large(node, tokens):
+    while not summed or not as_large(node, tokens):
         readers = list(dict.fromkeys(flow.readers(node)))
         if len(readers) != 1 or readers[0].op == "output":
             raise Refusal("what single experts give is used other than in a weighted sum")
@@ -299,7 +320,7 @@ def read_combine(flow: Flow, last: Product, tokens: fx.Node) -> Combine:
     return Combine(node, factor, bias, base)
 
 
-def _as_large(node: fx.Node, tokens: fx.Node) -> bool:
+def as_large(node: fx.Node, tokens: fx.Node) -> bool:
     """Whether a node holds one row per token, as (T, l) or (B, S, l)."""
     shape, wanted = shape_of(node), shape_of(tokens)
     return same(shape[-1], wanted[-1]) and same(product_of_sizes(shape), product_of_sizes(wanted))
@@ -321,25 +342,34 @@ def _summed_factor(flow: Flow, reader: fx.Node, rows: fx.Node) -> fx.Node:
 def _summed_into(flow: Flow, reader: fx.Node) -> fx.Node | None:
     """What index_add or scatter_add adds to, None where it is zeros of the site's own."""
     base = flow.read(reader, argument(reader, 0, "input", "self"))
-    if base is None or op_name(base) in _ZEROS:
+    if base is None or op_name(base) in ZEROS:
         return None
     if written(reader):
         raise Refusal("the experts are summed in place into a tensor that is used elsewhere")
     return base
 
 
-def _check_operands(operands: Iterable[fx.Node | None], product: fx.Node, output: fx.Node) -> None:
-    tokens, *others = operands
-    assert tokens is not None
-    for node in (tokens, output, *others):
+def _check_operands(operands: Iterable[fx.Node | None], product: fx.Node) -> None:
+    for node in (*operands, product):
         if node is not None and (reason := plain(node)) is not None:
             raise Refusal(reason)
-    w1, w2, _, _, w3, b1, b2 = others
-    assert w1 is not None
-    kinds = {dtype_of(node) for node in (w1, w2, w3, b1, b2) if node is not None}
-    if kinds != {dtype_of(product)}:
+
+
+def _check_dtypes(products: Iterable[Product], matrices: Iterable[fx.Node | None]) -> None:
+    """Products run in the dtype of the weights, or where autocast lowers them, in a shorter one.
+
+    The operator keeps the dtype of the weights, as it does under autocast by itself: to lower those of all experts in
+    every step takes longer than their products, and to lower copies of the chosen ones, longer still.
+
+    Raises:
+        Refusal: the products run in another dtype for another reason.
+    """
+    weights = {dtype_of(node) for node in matrices if node is not None}
+    runs = {dtype_of(one.node) for one in products}
+    lowered = len(runs) == 1 and max(run.itemsize for run in runs) < min(weight.itemsize for weight in weights)
+    if len(weights) != 1 or not (weights == runs or lowered):
         raise Refusal("the products by expert do not run in the dtype of their weights and biases")
-    value = fake(w1)
+    value = fake(next(node for node in matrices if node is not None))
     assert value is not None
     if not is_routed(value.device, value.dtype):
         raise Refusal(f"no {value.device.type.upper()} kernel for experts in {value.dtype} in this version")

@@ -22,7 +22,7 @@ from s2o_inductor.moe_spec import Activation, ExpertSpec
 from s2o_inductor.passes import verify
 from s2o_inductor.passes.flow import Flow
 from s2o_inductor.passes.graph_utils import Refusal, dtype_of, fake, op_name, shape_of
-from s2o_inductor.passes.moe_products import read_bias
+from s2o_inductor.passes.moe_products import is_idle_dropout, read_bias
 
 _ROWS = 8
 # What acts on every row alone, along its last axis at most.
@@ -99,7 +99,7 @@ def _collect(
         node = pending.pop()
         if node in inside or node in first:
             continue
-        if op_name(node) not in ROWWISE:
+        if op_name(node) not in ROWWISE and not is_idle_dropout(node):
             raise Refusal(f"'{op_name(node) or node.name}' stands between the experts' products")
         inside.add(node)
         for source in node.all_input_nodes:

@@ -14,7 +14,6 @@ _UNROLLED = (
     "a loop over the experts is unrolled in the graph, one branch per expert; s2o_inductor.prepare(model) before "
     "torch.compile makes it one operator"
 )
-_ALL = "every expert runs on every token and the results are stacked: nothing is routed that could be left out"
 _SLOTS = "tokens fill a bounded number of slots per expert and the rest are dropped; s2o's experts take every token"
 # From the positions of an expert's tokens back to the choices.
 _SELECTS = frozenset(
@@ -23,23 +22,23 @@ _SELECTS = frozenset(
 )  # fmt: skip
 
 
-def find_loops(flow: Flow, used: set[fx.Node]) -> list[Declined]:
-    """Unrolled loops, experts that all run, and slots of bounded capacity, each once.
+def find_candidates(flow: Flow, used: set[fx.Node]) -> list[Declined]:
+    """Unrolled loops and slots of bounded capacity, each once.
 
     Args:
         flow: of a Dynamo graph.
-        used: products that belong to other candidates.
+        used: products, and lookups of tokens, that belong to other candidates.
     """
-    found = [*_unrolled(flow), *_stacked(flow), *_slots(flow, used)]
+    found = [*_unrolled(flow, used), *_slots(flow, used)]
     return [Declined("moe", where(node), reason, node) for node, reason in found]
 
 
-def _unrolled(flow: Flow) -> list[tuple[fx.Node, str]]:
+def _unrolled(flow: Flow, used: set[fx.Node]) -> list[tuple[fx.Node, str]]:
     """Positions of several experts' tokens, looked up one expert at a time in the same choices."""
     lookups: dict[fx.Node, list[fx.Node]] = {}
     for node in flow.nodes:
         alone = op_name(node) == "where" and len(node.args) + len(node.kwargs) == 1
-        if op_name(node) != "nonzero" and not alone:
+        if node in used or (op_name(node) != "nonzero" and not alone):
             continue
         source, choices = flow.read(node, argument(node, 0, "input", "self", "condition")), None
         while source is not None:
@@ -50,37 +49,6 @@ def _unrolled(flow: Flow) -> list[tuple[fx.Node, str]]:
         if choices is not None:
             lookups.setdefault(choices, []).append(node)
     return [(nodes[0], _UNROLLED) for nodes in lookups.values() if len(nodes) > 1]
-
-
-def _stacked(flow: Flow) -> list[tuple[fx.Node, str]]:
-    """Stacks of what several pairs of linear layers make of the same tokens."""
-    found = []
-    for node in flow.nodes:
-        parts = node.args[0] if op_name(node) in ("stack", "cat") and node.args else None
-        if isinstance(parts, (list, tuple)) and len(parts) > 1:
-            inputs = [_expert_input(flow, node, part) for part in parts]
-            if inputs[0] is not None and all(one is inputs[0] for one in inputs):
-                found.append((node, _ALL))
-    return found
-
-
-def _expert_input(flow: Flow, reader: fx.Node, part: object) -> fx.Node | None:
-    """What the first of two or more linear layers reads, with an activation between them."""
-    pending, layers = [flow.read(reader, part)], 0
-    source: fx.Node | None = None
-    for _ in range(16):
-        node = pending.pop(0) if pending else None
-        if node is None:
-            break
-        if op_name(node) == "linear":
-            layers += 1
-            source = flow.read(node, argument(node, 0, "input"))
-            pending = [source]
-        elif op_name(node) in ("silu", "gelu", "relu", "mul", "sigmoid", "square", "pow", "dropout"):
-            pending += [flow.read(node, one) for one in node.all_input_nodes]
-        elif layers:
-            break
-    return source if layers > 1 else None
 
 
 def _slots(flow: Flow, used: set[fx.Node]) -> list[tuple[fx.Node, str]]:

@@ -21,7 +21,7 @@ from s2o_inductor.passes.moe_activation import ROWWISE
 from s2o_inductor.passes.moe_products import Product, read_dense_product
 from s2o_inductor.passes.records import ExpertsSite
 
-_TURNS = MOVES | {"transpose", "T", "mT", "permute", "getitem", "expand"}
+TURNS = MOVES | {"transpose", "T", "mT", "permute", "getitem", "expand"}
 # Between the scatter and the weights: what acts on every entry alone, and the softmax over a row.
 _POINTWISE = frozenset(("sigmoid", "softmax", "mul", "div", "exp", "to", "float", "type_as", "bfloat16", "half"))
 
@@ -57,7 +57,7 @@ def read_site(flow: Flow, first: list[Product], last: Product) -> ExpertsSite:
     matrix = _read_matrix(flow, *weighted, shape_of(tokens)[0], shape_of(last.weight)[0])
     ids = chosen_places(flow, matrix)
     site = make_site(flow, first, last, tokens, ids, combine, factor, lambda reader, node: matrix)
-    return dataclasses.replace(site, dense=True)
+    return dataclasses.replace(site, dense=True, distinct=True)
 
 
 def _read_tokens(flow: Flow, product: Product) -> tuple[fx.Node, tuple[fx.Node, fx.Node] | None] | None:
@@ -89,14 +89,14 @@ def _read_matrix(flow: Flow, reader: fx.Node, factor: fx.Node, tokens: Size, exp
         shape = shape_of(node)
         if len(shape) == 2 and same(shape[0], tokens) and same(shape[1], experts):
             return node
-        if op_name(node) not in _TURNS:
+        if op_name(node) not in TURNS:
             break
         node = flow.read(node, argument(node, 0, "input", "self"))
     raise Refusal("the weight of a row does not come from a matrix (tokens, experts) of routing weights")
 
 
 def chosen_places(flow: Flow, matrix: fx.Node) -> fx.Node:
-    """The choices (T, K), none of them twice, outside of which a matrix (T, E) is zero.
+    """The choices (T, K), none of them twice, outside of which a matrix (T, E) is zero; both may be (B, S, .).
 
     Raises:
         Refusal: there are none.
@@ -110,7 +110,8 @@ def chosen_places(flow: Flow, matrix: fx.Node) -> fx.Node:
         raise Refusal("every expert runs on every token with a weight of its own: there is nothing to leave out")
     base, dim, ids = (argument(node, at, name) for at, name in enumerate(("self", "dim", "index")))
     base = flow.read(node, base)
-    if dim not in (1, -1) or base is None or not isinstance(ids, fx.Node) or not _distinct(flow, node, ids):
+    last = len(shape_of(node)) - 1
+    if dim not in (last, -1) or base is None or not are_distinct(flow, flow.read(node, ids)):
         raise Refusal("the routing weights are scattered by something other than the choices of a top-k")
     fill = 0.0 if op_name(base) in ("zeros_like", "zeros", "new_zeros") else argument(base, 1, "fill_value")
     if op_name(base) not in ("zeros_like", "zeros", "new_zeros", "full_like") or not isinstance(fill, (int, float)):
@@ -120,9 +121,11 @@ def chosen_places(flow: Flow, matrix: fx.Node) -> fx.Node:
     return ids
 
 
-def _distinct(flow: Flow, reader: fx.Node, ids: fx.Node) -> bool:
-    """Whether the choices of a token come from a top-k, which never repeats one."""
-    node = flow.read(reader, ids)
+def are_distinct(flow: Flow, ids: fx.Node | None) -> bool:
+    """Whether no token's choices repeat an expert, because they come from a top-k or are one."""
+    node = ids
+    if node is not None and len(shape_of(node)) > 1 and same(shape_of(node)[-1], 1):
+        return True
     while node is not None and op_name(node) in MOVES:
         node = flow.read(node, argument(node, 0, "input", "self"))
     source = None if node is None or op_name(node) not in ("getitem", "indices") else node.args[0]

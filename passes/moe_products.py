@@ -24,6 +24,7 @@ class Product:
         transposed: the weight is stored (E, in, out).
         routing: offsets, or the expert of each row; None where every expert takes every token.
         shared: rows are the tokens (T, l) themselves, one for all choices of a token.
+        bias: what the product itself adds to each row.
     """
 
     node: fx.Node
@@ -32,6 +33,7 @@ class Product:
     transposed: bool
     routing: fx.Node | None
     shared: bool = False
+    bias: fx.Node | None = None
 
 
 def read_product(flow: Flow, node: fx.Node) -> Product | None:
@@ -67,6 +69,28 @@ def read_dense_product(flow: Flow, node: fx.Node) -> Product | None:
     return Product(node, rows, base, not flipped, None)
 
 
+def read_linear(flow: Flow, node: fx.Node) -> Product | None:
+    """Rows times one matrix, which may be that of one expert."""
+    name, bias = op_name(node), None
+    if name == "linear":
+        rows, weight, bias = (argument(node, at, key) for at, key in enumerate(("input", "weight", "bias")))
+    elif name in ("matmul", "mm"):
+        rows, weight = argument(node, 0, "input", "self"), argument(node, 1, "mat2", "other")
+    else:
+        return None
+    known = all(isinstance(one, fx.Node) and fake(one) is not None for one in (rows, weight))
+    if not known or len(shape_of(weight)) != 2 or len(shape_of(rows)) < 2:
+        return None
+    base, flipped = _untransposed(flow, node, weight)
+    return Product(node, rows, base, flipped == (name == "linear"), None, bias=bias)
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether a node is dropout that drops nothing."""
+    idle = argument(node, 1, "p", default=0.5) == 0 or argument(node, 2, "training", "train", default=True) is False
+    return op_name(node) == "dropout" and idle
+
+
 def _read_einsum(flow: Flow, node: fx.Node) -> Product | None:
     """Rows (T, in) or (T, K, in) times weights[ids] (T, K, ., .)."""
     found = canonical.product(node)
@@ -90,11 +114,12 @@ def _read_einsum(flow: Flow, node: fx.Node) -> Product | None:
 
 
 def _untransposed(flow: Flow, reader: fx.Node, weight: fx.Node) -> tuple[fx.Node, bool]:
-    """The tensor of which a weight (E, in, out) is the transpose, if it is one."""
-    if op_name(weight) in ("transpose", "mT") and flow.read(reader, weight) is weight:
+    """The tensor of which a weight (E, in, out) or (in, out) is the transpose, if it is one."""
+    if op_name(weight) in ("transpose", "mT", "T") and flow.read(reader, weight) is weight:
+        last = len(shape_of(weight))
         dims = {argument(weight, 1, "dim0"), argument(weight, 2, "dim1")}
-        source = weight.args[0]
-        if (op_name(weight) == "mT" or dims in ({-1, -2}, {1, 2})) and isinstance(source, fx.Node):
+        source, whole = weight.args[0], op_name(weight) == "mT" or (op_name(weight) == "T" and last == 2)
+        if (whole or dims in ({-1, -2}, {last - 2, last - 1})) and isinstance(source, fx.Node):
             return source, True
     return weight, False
 

@@ -8,11 +8,14 @@ import torch
 from torch import fx
 
 from s2o_inductor.passes.flow import Flow, written
-from s2o_inductor.passes.graph_utils import Refusal, fake, op_name, product_of_sizes, shape_of
+from s2o_inductor.passes.graph_utils import Refusal, fake, made, op_name, product_of_sizes, shape_of
 
 
 def region_of(flow: Flow, output: fx.Node, operands: set[fx.Node]) -> tuple[fx.Node, ...]:
     """Every node that computes only this site.
+
+    Behind the output, what it is may go by the names of buffers of the site: as those are written in place, `out`
+    stands for the sum that an index_add_ left there.
 
     Raises:
         Refusal: the site reads, writes or shows something besides its operands and its output.
@@ -33,19 +36,62 @@ def region_of(flow: Flow, output: fx.Node, operands: set[fx.Node]) -> tuple[fx.N
                 pending += [one for one in flow.names_of(source) if one in operands or written(one)]
             pending += [one for one in (source, value) if one is not None]
     _absorb(flow, region, output)
-    for node in region:
-        if node is not output and any(user not in region for user in node.users):
+    _absorb_sizes(flow, region)
+    names = _names(flow, region, output)
+    behind = flow.position[output]
+    for node in region - {output}:
+        outside = [user for user in node.users if user not in region]
+        if outside and (node not in names or min(map(flow.position.__getitem__, outside)) < behind):
             raise Refusal(f"'{node.name}', computed within the experts, is used elsewhere")
+    for node in region:
         if flow.ambient[node] != flow.ambient[output]:
             raise Refusal("the gradient mode or autocast changes within the experts")
-        if written(node) and any(other not in region for other in flow.names_of(node)):
+        # A name that is made behind the output is one of what replaces it; a view made before would be neither's.
+        others = [other for other in flow.names_of(node) if other not in region] if written(node) else []
+        if any(flow.position[other] < behind for other in others):
             raise Refusal(f"'{node.name}' writes in place to a tensor that is used elsewhere")
     for node, source in itertools.chain.from_iterable(((n, s) for s in n.all_input_nodes) for n in region):
         if source in operands and flow.written_between(source, node, output, region):
             raise Refusal(f"'{source.name}' is changed in place while the experts run")
-    if product_of_sizes(shape_of(output)) == 0:
+    if product_of_sizes(shape_of(made(output))) == 0:
         raise Refusal("there are no tokens")
     return tuple(sorted(region, key=flow.position.__getitem__))
+
+
+def _names(flow: Flow, region: set[fx.Node], output: fx.Node) -> set[fx.Node]:
+    """Under which names of the graph the output is known behind it, as a whole."""
+    names = {output, made(output)}
+    inside = sorted(region, key=flow.position.__getitem__)
+    for node in inside[::-1]:
+        if node in names:
+            names.update(target for target in written(node) if target in region)
+    for node in inside:
+        if any(target in names for target in written(node)):
+            names.add(node)
+    return names
+
+
+# Arithmetic on sizes that depend on data, as Dynamo writes it down for each, and what it asserts about them.
+_ABOUT_SIZES = frozenset(
+    ("sym_size", "ge", "le", "gt", "lt", "eq", "ne", "add", "sub", "mul", "mod", "_assert_scalar", "_check_is_size",
+     "sym_constrain_range_for_size")
+)  # fmt: skip
+
+
+def _absorb_sizes(flow: Flow, region: set[fx.Node]) -> None:
+    """Takes in what only asserts something about sizes that depend on the data of the site."""
+    about: dict[fx.Node, None] = {}
+    for node in flow.nodes:
+        inside = any(source in region for source in node.all_input_nodes)
+        if node in region or not (inside or any(source in about for source in node.all_input_nodes)):
+            continue
+        name = getattr(node.target, "__name__", "").split(".")[0]
+        scalar = not isinstance(node.meta.get("example_value"), torch.Tensor) and name in _ABOUT_SIZES
+        if scalar or (inside and op_name(node) == "getitem"):
+            about[node] = None
+    for node in reversed(about):
+        if all(user in region for user in node.users):
+            region.add(node)
 
 
 def _read(node: fx.Node) -> list[fx.Node]:

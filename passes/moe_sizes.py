@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,10 +21,10 @@ _CALLS = (torch.ops.s2o.moe_experts, torch.ops.s2o.moe_experts_list)
 def experts_shape(tokens: Tensor, ids: Tensor, experts: int, w2: Tensor, spec: ExpertSpec) -> dict[str, Any]:
     """Sizes, symbolic ones as text, dtype, device and formula; w2 is (..., l, I)."""
     sizes = {
-        "tokens": tokens.shape[0],
+        "tokens": math.prod(tokens.shape[:-1]),
         "experts": experts,
-        "choices": ids.shape[1],
-        "width": tokens.shape[1],
+        "choices": ids.shape[-1],
+        "width": tokens.shape[-1],
         "inner": w2.shape[-2 if spec.transposed else -1],
     }
     return {name: size if isinstance(size, int) else str(size) for name, size in sizes.items()} | {

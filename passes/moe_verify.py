@@ -13,13 +13,14 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from s2o_inductor.passes import verify
-from s2o_inductor.passes.graph_utils import Refusal, fake
-from s2o_inductor.passes.records import ExpertsSite
+from s2o_inductor.passes.graph_utils import Refusal, fake, made
+from s2o_inductor.passes.records import ExpertsSite, PerExpert, each
 
 # Elements, of all operands together or of any one intermediate, from which a site is run at shortened sizes, and
 # the most with which it is run where that cannot be.
 SHORTEN_ABOVE = 2**22
 MAX_ELEMENTS = 2**25
+_ASSERT = torch.ops.aten._assert_scalar.default
 _outcomes: dict[str, verify.Outcome] = {}
 
 
@@ -32,7 +33,7 @@ def check_experts(graph: fx.Graph, site: ExpertsSite, *, always: bool = False) -
     Raises:
         Refusal: the site has more than `MAX_ELEMENTS` elements and cannot be shortened.
     """
-    operands = sum(_elements(node) for node in dict.fromkeys(site.operands()))
+    operands = sum(map(_elements, site.operand_nodes()))
     largest = max(operands, *map(_elements, site.region))
     sizes = shortened(site) if largest > SHORTEN_ABOVE else {}
     if not sizes and largest > MAX_ELEMENTS:
@@ -44,8 +45,7 @@ def check_experts(graph: fx.Graph, site: ExpertsSite, *, always: bool = False) -
         with torch.no_grad(), _disable_current_modes(), contextlib.ExitStack() as regions:
             for arguments in autocast:
                 regions.enter_context(torch.autocast(*arguments))
-            # A matrix of routing weights has one entry per expert, so its choices cannot repeat one.
-            routings = ("random", "same") if site.dense else ("random", "same", "one")
+            routings = ("random", "same") if site.distinct else ("random", "same", "one")
             found = [_run(site, routing, sizes or {}) for routing in routings]
         outcome = next((outcome for outcome in found if not outcome.passed), found[0])
         _outcomes[key] = dataclasses.replace(outcome, detail=outcome.detail + ", at shortened sizes" * bool(sizes))
@@ -56,16 +56,17 @@ def shortened(site: ExpertsSite) -> dict[int, int] | None:
     """Which size and literal of a site stands for which in a cheaper replay of the same nodes.
 
     A captured graph holds its sizes as literals: views, the bins of a histogram, the last expert of a clamp. Each
-    of them is a number of experts, tokens or columns, or follows from one; the choices of a token stay. A size with
-    two meanings keeps both, as where the experts are as wide as the tokens.
+    of them is a number of experts, tokens or columns, or follows from one; the choices of a token stay, and so do
+    experts that are separate branches of the graph. A size with two meanings keeps both, as where the experts are
+    as wide as the tokens.
 
     Returns:
         Replacements, or None where one number would need two.
     """
-    tokens, width = _hinted(site.tokens)
-    choices = _hinted(site.ids)[1]
-    experts, *matrix = _hinted(site.w2)
-    inner, halves = matrix[0 if site.spec.transposed else 1], site.spec.halves
+    *leading, tokens, width = _hinted(site.tokens)
+    choices, experts = _hinted(site.ids)[-1], site.experts
+    inner, halves = _hinted(site.last)[-2 if site.spec.transposed else -1], site.spec.halves
+    batch = math.prod(leading)
     replaced: dict[int, int] = {}
 
     def replace(value: int, short: int, *derived: tuple[int, int]) -> None:
@@ -75,24 +76,28 @@ def shortened(site: ExpertsSite) -> dict[int, int] | None:
                 raise ValueError
 
     try:
-        replace(experts, max(8, choices + choices // 2), (1, -1))
+        replace(experts, experts if site.numbered else max(8, choices + choices // 2), (1, -1))
         replace(inner, 40, (halves, 0))
-        replace(tokens, 24, (choices, 0))
+        replace(tokens, max(1, 24 // batch), (batch, 0), (batch * choices, 0))
         replace(width, 48)
     except ValueError:
         return None
     # Small numbers have meanings of their own, such as dimensions and the parts of a gate.
     replaced = {old: new for old, new in replaced.items() if old != new}
-    return None if choices in replaced or any(old < 8 for old in replaced) else replaced
+    kept = choices in replaced or any(size in replaced for size in leading)
+    return None if kept or any(old < 8 for old in replaced) else replaced
 
 
 def _hinted(node: fx.Node) -> tuple[int, ...]:
     return tuple(map(verify.hint, node.meta["example_value"].shape))
 
 
-def _elements(node: fx.Node | None) -> int:
+def _elements(node: fx.Node) -> int:
+    """How many a node has; 0 where that depends on data: the rows of one expert are no more than those of all."""
     value = fake(node)
-    return 0 if value is None else math.prod(map(verify.hint, value.shape))
+    if value is None or any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in value.shape):
+        return 0
+    return math.prod(map(verify.hint, value.shape))
 
 
 def _run(site: ExpertsSite, routing: str, sizes: Mapping[int, int]) -> verify.Outcome:
@@ -100,24 +105,39 @@ def _run(site: ExpertsSite, routing: str, sizes: Mapping[int, int]) -> verify.Ou
     inputs = {node: _example(node, site, routing, sizes, generator) for node in _inputs(site)}
     if site.dense:
         weights, ids = inputs[site.weights], inputs[site.ids]
-        inputs[site.weights] = torch.zeros_like(weights).scatter(1, ids, weights.gather(1, ids))
+        inputs[site.weights] = torch.zeros_like(weights).scatter(-1, ids, weights.gather(-1, ids))
     original = _replay(site, inputs, sizes, verify.as_written)
     gold = _replay(site, {node: verify.to_double(value) for node, value in inputs.items()}, sizes, _in_double)
-    values = [None if node is None else inputs[node] for node in site.operands()]
-    values[0] = inputs[site.tokens].to(inputs[site.w1].dtype)
-    if site.dense:
-        values[-1] = inputs[site.weights].gather(1, inputs[site.ids])
     with torch.autocast(original.device.type, enabled=False):
-        actual = torch.ops.s2o.moe_experts(*values, site.spec.text(), False, "")[0].to(original.dtype)
+        actual = _operator(site, inputs).to(original.dtype)
     actual = actual.reshape(original.shape)
     actual = actual if site.base is None else inputs[site.base] + actual
-    return verify.within_bound(actual, original, gold, terms=sum(inputs[site.w2].shape[1:]))
+    return verify.within_bound(actual, original, gold, terms=sum(inputs[site.last].shape[-2:]))
+
+
+def _operator(site: ExpertsSite, inputs: Mapping[fx.Node, Any]) -> Tensor:
+    """The operator as `rewrite.replace_experts` will call it, on these inputs."""
+
+    def values(operand: PerExpert | None) -> Any:
+        found = [inputs[node] for node in each(operand)]
+        return found if isinstance(site.w2, tuple) else found[0] if found else None
+
+    matrices = map(values, site.operands()[1:6])
+    weights, ids = inputs[site.weights], inputs[site.ids]
+    if site.dense:
+        weights = weights.gather(-1, ids)
+    z, ids, weights = (
+        x.reshape(-1, x.shape[-1]) for x in (inputs[site.tokens].to(inputs[site.last].dtype), ids, weights)
+    )
+    call = torch.ops.s2o.moe_experts_list if isinstance(site.w2, tuple) else torch.ops.s2o.moe_experts
+    found: Tensor = call(z, *matrices, ids, weights, site.spec.text(), False, "")[0]
+    return found
 
 
 def _inputs(site: ExpertsSite) -> list[fx.Node]:
     inside = set(site.region)
     read = {source: None for node in site.region for source in node.all_input_nodes if source not in inside}
-    return list(read | {node: None for node in site.operands() if node is not None})
+    return list(read | dict.fromkeys(site.operand_nodes()))
 
 
 def _example(
@@ -128,17 +148,16 @@ def _example(
         return sizes.get(hint := verify.hint(value), hint) if isinstance(value, torch.SymInt) else value
     shape = tuple(sizes.get(size, size) for size in map(verify.hint, value.shape))
     if node is site.ids:
-        experts = site.w2.meta["example_value"].shape[0]
-        experts = sizes.get(experts, experts)
-        ids = torch.rand(shape[0], experts, generator=generator).topk(min(shape[1], experts)).indices
-        ids = ids[:, torch.arange(shape[1]) % experts]
-        if routing == "same":
-            ids = ids[:1].expand(shape)
-        ids = torch.full(shape, experts - 1) if routing == "one" else ids
+        experts = sizes.get(site.experts, site.experts)
+        ids = torch.rand(math.prod(shape[:-1]), experts, generator=generator).topk(min(shape[-1], experts)).indices
+        ids = ids[:, torch.arange(shape[-1]) % experts]
+        ids = ids[:1].expand_as(ids) if routing == "same" else ids
+        ids = torch.full(shape, experts - 1) if routing == "one" else ids.reshape(shape)
         return ids.to(value.device, value.dtype).contiguous()
     if node is site.weights:
         return torch.rand(shape, generator=generator, dtype=torch.float64).to(value.device, value.dtype)
-    scale = shape[-2 if site.spec.transposed else -1] ** -0.5 if len(shape) == 3 else 1.0
+    is_matrix = any(node in each(operand) for operand in (site.w1, site.w2, site.w3))
+    scale = shape[-2 if site.spec.transposed else -1] ** -0.5 if is_matrix else 1.0
     return (torch.randn(shape, generator=generator, dtype=torch.float32) * scale).to(value.device, value.dtype)
 
 
@@ -150,10 +169,13 @@ def _replay(
 
     values = {node: value.clone() if isinstance(value, Tensor) else value for node, value in inputs.items()}
     for node in site.region:
+        if node.target is _ASSERT:  # of the sizes that were captured
+            continue
         # Literals alone: a size that the nodes compute follows from replaced ones already.
-        literals = fx.node.map_aggregate((node.args, dict(node.kwargs)), short)
+        literals: Any = (node.args, dict(node.kwargs))
+        literals = literals if node in site.numbered else fx.node.map_aggregate(literals, short)
         values[node] = call(node, *fx.node.map_arg(literals, values.__getitem__))
-    found = values[site.output]
+    found = values[made(site.output)]
     assert isinstance(found, Tensor)
     return found
 

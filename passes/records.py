@@ -73,38 +73,67 @@ class AttentionSite:
     out_steps: tuple[Step, ...] = ()
 
 
+# What the experts have each of their own: one tensor whose first axis is the expert, or one tensor per expert.
+PerExpert: TypeAlias = fx.Node | tuple[fx.Node, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertsSite:
     """Routed experts and the weighted sum over each token's choices, found in a graph in whatever spelling.
 
     Attributes:
         where: module path or source line of the site.
-        output: (T, l) or, like the layer's input, (B, S, l): the node that the op replaces.
+        output: (T, l) or, like the layer's input, (B, S, l): the node that the op replaces. An assignment into
+            a buffer (`graph_utils.made`) stands for that buffer.
         region: every node that computes only this site, output included.
-        tokens: (T, l); w1, w2, ids (T, K), weights (T, K), w3, b1 and b2 as in `s2o::moe_experts`.
+        tokens: (T, l); w1, w2, ids (T, K), weights (T, K), w3, b1 and b2 as in `s2o::moe_experts`, or in
+            `s2o::moe_experts_list` where they are tuples. Tokens, ids and weights may be (B, S, .) instead.
         spec: the formula of an expert.
         dense: weights are (T, E), zero but for the choices.
-        base: what the weighted sum is added to, (T, l).
+        distinct: no token has the same expert twice among its choices.
+        base: what the weighted sum is added to, shaped like the output.
+        numbered: nodes of the region whose literals are the number of an expert.
     """
 
     where: str
     output: fx.Node
     region: tuple[fx.Node, ...]
     tokens: fx.Node
-    w1: fx.Node
-    w2: fx.Node
+    w1: PerExpert
+    w2: PerExpert
     ids: fx.Node
     weights: fx.Node
     spec: ExpertSpec
-    w3: fx.Node | None = None
-    b1: fx.Node | None = None
-    b2: fx.Node | None = None
+    w3: PerExpert | None = None
+    b1: PerExpert | None = None
+    b2: PerExpert | None = None
     dense: bool = False
+    distinct: bool = False
     base: fx.Node | None = None
+    numbered: frozenset[fx.Node] = frozenset()
 
-    def operands(self) -> tuple[fx.Node | None, ...]:
+    def operands(self) -> tuple[PerExpert | None, ...]:
         """In the order of the op's schema."""
         return self.tokens, self.w1, self.w2, self.w3, self.b1, self.b2, self.ids, self.weights
+
+    def operand_nodes(self) -> tuple[fx.Node, ...]:
+        """Every tensor that the op reads, each once."""
+        return tuple(dict.fromkeys(node for operand in self.operands() for node in each(operand)))
+
+    @property
+    def last(self) -> fx.Node:
+        """The second weights: of all experts, or of the first one where each has its own."""
+        return each(self.w2)[0]
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are."""
+        return len(self.w2) if isinstance(self.w2, tuple) else int(self.w2.meta["example_value"].shape[0])
+
+
+def each(operand: PerExpert | None) -> tuple[fx.Node, ...]:
+    """The tensors of an operand, none, one or one per expert."""
+    return operand if isinstance(operand, tuple) else () if operand is None else (operand,)
 
 
 # What the pipeline verifies and replaces.

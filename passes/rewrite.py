@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import fx
 
+import s2o_inductor.moe_list_ops
 import s2o_inductor.moe_ops
 import s2o_inductor.ops  # noqa: F401  registers the operators named below
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand, Site
+from s2o_inductor.passes.graph_utils import fake, made
+from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand, Site, each
 
 MOE_EXPERTS = torch.ops.s2o.moe_experts.default
+MOE_EXPERTS_LIST = torch.ops.s2o.moe_experts_list.default
 ATTENTION = torch.ops.s2o.attention.default
 ATTENTION_BACKWARD = torch.ops.s2o.attention_backward.default
 SPARSE_ATTENTION = torch.ops.s2o.sparse_attention.default
@@ -63,37 +66,57 @@ def replace_attention(graph: fx.Graph, site: AttentionSite, name: str) -> fx.Nod
 
 
 def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
-    """Puts one `s2o::moe_experts` in place of a site, erases the site's own nodes, and returns the new output."""
-    output, computed = site.output, site.w1.meta["example_value"].dtype
-    keep = output.meta["example_value"].requires_grad
-    with graph.inserting_before(output):
-        operands = list(site.operands())
-        added: list[fx.Node] = []
+    """Puts one `s2o::moe_experts` in place of a site, erases the site's own nodes, and returns the new output.
+
+    Experts that are separate tensors go to `s2o::moe_experts_list`.
+    """
+    output, separate = made(site.output), isinstance(site.w2, tuple)
+    keep = any(value.requires_grad for node in site.region if (value := fake(node)) is not None)
+    added: list[fx.Node] = []
+
+    def call(method: str, node: fx.Node, *args: Any) -> fx.Node:
+        added.append(graph.call_method(method, (node, *args)))
+        return added[-1]
+
+    def matrix(node: fx.Node, like: fx.Node) -> fx.Node:
+        """A tensor (T, n) from one that may be (B, S, n), as `like` is."""
+        shape = like.meta["example_value"].shape
+        return node if len(shape) == 2 else call("reshape", node, -1, shape[-1])
+
+    with graph.inserting_before(site.output):
+        computed = site.last.meta["example_value"].dtype
+        operands: list[Any] = list(site.operands()[1:6])
+        if separate:
+            operands = [list(each(operand)) for operand in operands]
+        tokens, weights = site.tokens, site.weights
         if site.dense:
-            added.append(graph.call_method("gather", (site.weights, 1, site.ids)))
-            operands[-1] = added[-1]
-        if site.tokens.meta["example_value"].dtype != computed:
-            added.append(graph.call_method("to", (site.tokens, computed)))
-            operands[0] = added[-1]
-        pair = graph.call_function(MOE_EXPERTS, (*operands, site.spec.text(), keep, name))
+            weights = call("gather", weights, -1, site.ids)
+        if tokens.meta["example_value"].dtype != computed:
+            tokens = call("to", tokens, computed)
+        routed = [
+            matrix(tokens, site.tokens), matrix(site.ids, site.ids), matrix(weights, site.ids)
+        ]  # fmt: skip
+        target = MOE_EXPERTS_LIST if separate else MOE_EXPERTS
+        pair = graph.call_function(target, (routed[0], *operands, *routed[1:], site.spec.text(), keep, name))
         result = graph.call_function(operator.getitem, (pair, 0))
         added += [pair, result]
         if output.meta["example_value"].dtype != computed:
-            result = graph.call_method("to", (result, output.meta["example_value"].dtype))
-            added.append(result)
+            result = call("to", result, output.meta["example_value"].dtype)
         shape = output.meta["example_value"].shape
         if len(shape) != 2:
             # At most one size is symbolic: the finder has seen to that.
-            sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
-            result = graph.call_method("reshape", (result, sizes))
-            added.append(result)
+            result = call("reshape", result, tuple(size if isinstance(size, int) else -1 for size in shape))
         if site.base is not None:
             result = graph.call_function(torch.add, (site.base, result))
             added.append(result)
     for node in added:
-        node.meta.update(_shared_meta(output))
+        node.meta.update(_shared_meta(site.output))
     result.meta["example_value"] = output.meta["example_value"]
-    output.replace_all_uses_with(result)
+    region = set(site.region)
+    # After writers in place the output goes by other names too; what reads them is behind it, `region_of` has seen.
+    for node in site.region:
+        for user in [user for user in node.users if user not in region]:
+            user.replace_input_with(node, result)
     for node in sorted(site.region, key=_position(graph), reverse=True):
         graph.erase_node(node)
     return result
@@ -112,6 +135,8 @@ def follow(site: Site, moved: Mapping[fx.Node, fx.Node]) -> Site:
     def now(one: Any) -> Any:
         if isinstance(one, (Operand, MaskOperand)):
             return dataclasses.replace(one, node=now(one.node))
+        if isinstance(one, tuple):
+            return tuple(map(now, one))
         return moved.get(one, one)
 
     if isinstance(site, AttentionSite):

@@ -107,8 +107,8 @@ class Site:
 
     @classmethod
     def of_experts(cls, site: ExpertsSite, name: str, verified: str) -> Site:
-        tokens, ids, w2 = (node.meta["example_value"] for node in (site.tokens, site.ids, site.w2))
-        shape = experts_shape(tokens, ids, w2.shape[0], w2, site.spec)
+        tokens, ids, w2 = (node.meta["example_value"] for node in (site.tokens, site.ids, site.last))
+        shape = experts_shape(tokens, ids, site.experts, w2, site.spec)
         return cls("moe", site.where, "rewritten", name=name, shape=shape, verified=verified)
 
     @classmethod

@@ -2,12 +2,14 @@
 
 One row per idiom of `moe_idioms.py`, in inference and in training: rewritten, prepared or declined with the reason; the
 largest error against float64 over the largest value, ours and the original's; nodes of the captured graph before
-and after; seconds of the first call, under s2o and under Inductor. `--unrolled E` measures a loop over E experts.
+and after; seconds of the first call, under s2o and under Inductor. `--unrolled E` measures a captured loop over E
+experts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -99,21 +101,23 @@ def main() -> None:
         "| idiom | | what happens | error, s2o / original | nodes | first call, s |\n|---|---|---|---|---|---|",
         flush=True,
     )
+    # With this, Dynamo captures whole loops over all experts, one branch per expert.
+    whole = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    for number in arguments.unrolled or ():
+        for training in (False, True):
+            with whole:
+                name = f"every expert, captured, E={number}"
+                print(row(name, moe_idioms.EveryExpert, training, False, timed, experts=number), flush=True)
     if arguments.unrolled:
-        # With this, Dynamo captures the whole loop, one branch per expert.
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-            for number in arguments.unrolled:
-                print(
-                    row(f"every expert, E={number}", moe_idioms.EveryExpert, False, True, timed, experts=number),
-                    flush=True,
-                )
         return
-    groups = (moe_idioms.CAPTURED, False), (moe_idioms.DECLINED, False), (moe_idioms.LOOPS, True)
+    unrolled = {f"{name}, captured": layer for name, layer in moe_idioms.UNROLLED.items()}
+    groups = (moe_idioms.CAPTURED, False), (unrolled, False), (moe_idioms.DECLINED, False), (moe_idioms.LOOPS, True)
     for idioms, loop in groups:
         for name, layer in idioms.items():
             for training in (False, True):
                 if not arguments.only or name in arguments.only:
-                    print(row(name, layer, training, loop, timed), flush=True)
+                    with whole if idioms is unrolled else contextlib.nullcontext():
+                        print(row(name, layer, training, loop, timed), flush=True)
 
 
 if __name__ == "__main__":

@@ -474,6 +474,76 @@ class ChosenOfAll(Separate):
         return (chosen * p.unsqueeze(-1)).sum(dim=1).view_as(x)
 
 
+class GatedColumns(Separate):
+    """All experts on all tokens, one column of a sparse matrix of weights each (makeMoE without its masks)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, expert=Plain, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        top, ids = logits.topk(self.choices, dim=-1)
+        gates = torch.full_like(logits, float("-inf")).scatter(-1, ids, top).softmax(dim=-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            out = out + gates[..., number : number + 1] * expert(x)
+        return out
+
+
+class StackedGates(Separate):
+    """The same with a stack of all outputs and an einsum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, ids = self.router(x).topk(self.choices, dim=-1)
+        gates = torch.zeros(*x.shape[:-1], self.number, dtype=x.dtype).scatter(-1, ids, top.softmax(dim=-1))
+        return torch.einsum("ebsd,bse->bsd", torch.stack([expert(x) for expert in self.experts]), gates)
+
+
+class MaskedWeights(Separate):
+    """All experts on all tokens, weighted where the expert is among a token's choices (made to be exported)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        ids, p = self.route(flat)
+        return sum(
+            expert(flat) * (p * (ids == number)).sum(dim=-1, keepdim=True) for number, expert in enumerate(self.experts)
+        ).view_as(x)
+
+
+class OneHotLoop(Separate):
+    """Tokens looked up in a one-hot mask, outputs added in place (transformers 4.40: Mixtral, Qwen2-MoE)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        ids, p = self.route(flat)
+        out = torch.zeros(flat.shape, dtype=x.dtype, device=x.device)
+        mask = F.one_hot(ids, num_classes=self.number).permute(2, 1, 0)
+        for number in range(self.number):
+            slot, token = torch.where(mask[number])
+            rows = flat[None, token].reshape(-1, x.shape[-1])
+            out.index_add_(0, token, (self.experts[number](rows) * p[token, slot, None]).to(x.dtype))
+        return out.reshape(x.shape)
+
+
+class MatricesInLoop(Stacked):
+    """A loop over the parts of stacked matrices, into the shared expert's output (gpt-oss in plain torch)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shared = MLP(self.width, self.inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        ids, p = self.route(flat)
+        out = self.shared(flat)
+        for number in range(self.number):
+            token, slot = torch.where(ids == number)
+            gate, up = F.linear(flat[token], self.first[number]).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, self.last[number])
+            out = out.index_add(0, token, y * p[token, slot].unsqueeze(-1))
+        return out.view_as(x)
+
+
 class Split(Stacked):
     """Sorted rows split by counts read on the host (JetMoE, ScatterMoE without its kernels)."""
 
@@ -500,8 +570,18 @@ CAPTURED: dict[str, type[nn.Module]] = {
     "grouped, scaled inputs": GroupedScaledInputs,
     "latent": Latent,
     "stacked each step": StackedEachStep,
+    "chosen of all": ChosenOfAll,
+    "gated columns": GatedColumns,
+    "stacked gates": StackedGates,
+    "masked weights": MaskedWeights,
+}
+# Captured only with `capture_dynamic_output_shape_ops` or fullgraph=True, one branch per expert. Otherwise the loop
+# breaks the graph, and is for `prepare`.
+UNROLLED: dict[str, type[nn.Module]] = {
+    "one-hot loop": OneHotLoop,
+    "every expert": EveryExpert,
+    "scaled inputs": InputScaled,
+    "matrices in a loop": MatricesInLoop,
 }
 # What no operator computes: a reason, and the graph as it was.
-DECLINED: dict[str, type[nn.Module]] = {"slots": Slots, "soft mixture": SoftMixture, "chosen of all": ChosenOfAll}
-# Captured only with fullgraph=True, one branch per expert: `prepare` is for these.
-UNROLLED: dict[str, type[nn.Module]] = {"every expert": EveryExpert, "scaled inputs": InputScaled}
+DECLINED: dict[str, type[nn.Module]] = {"slots": Slots, "soft mixture": SoftMixture}
