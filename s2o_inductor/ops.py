@@ -64,8 +64,8 @@ torch.library.define(
 observed: dict[str, tuple[str, str]] = {}
 # What the last call of each sparse site read, a `kernels.sparse.Statistics`; its tensors are not waited for.
 statistics: dict[str, Any] = {}
-# The sizes of that call.
-extents: dict[str, sparse_policy.Extent] = {}
+# The sizes of that call, None for packed documents, whose tiles only the device knows.
+extents: dict[str, sparse_policy.Extent | None] = {}
 # Under a policy with candidates, what every call of each site found: lists of `kernels.sparse.Trial`.
 trials: dict[str, list[Any]] = {}
 RECORDS: tuple[dict[str, Any], ...] = (observed, statistics, extents, trials)
@@ -223,7 +223,8 @@ def _sparse_attention_impl(
             trials.setdefault(site, []).append(read)
         elif read is not None:
             statistics[site] = read
-            extents[site] = sparse_policy.Extent.of_band(q.shape[2], k.shape[2], call.lower, call.upper)
+            band = sparse_policy.Extent.of_band(q.shape[2], k.shape[2], call.lower, call.upper)
+            extents[site] = band if call.spec.equal is None else None
     return output, lse
 
 

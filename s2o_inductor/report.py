@@ -38,30 +38,34 @@ class Reading:
         density: computed over visible (query, key) pairs, mean of the heads.
         head_density: the same for each query head, mean of the batch.
         mma_density: the same of products of whole tiles, hidden pairs included, and
-        work_density: of all work, with ranking and the tail; see `sparse_policy.Extent.densities`. Means of the heads.
+        work_density: of all work, with ranking and the tail; see `sparse_policy.Extent.densities`. Means of the heads;
+            None for packed documents, whose tiles the host knows nothing of.
         dropped: estimated share of the softmax mass that was left to the tail, mean of the heads.
         error: squared error of the audited rows over their squared norm, mean of the heads; None without `audit`.
     """
 
     density: float
     head_density: tuple[float, ...]
-    mma_density: float
-    work_density: float
+    mma_density: float | None
+    work_density: float | None
     dropped: float
     error: float | None
 
     @classmethod
-    def of(cls, statistics: Any, extent: Extent, geometry: Geometry) -> Reading:
-        """From a `kernels.sparse.Statistics` of a call of these sizes; waits for its device."""
+    def of(cls, statistics: Any, extent: Extent | None, geometry: Geometry) -> Reading:
+        """From a `kernels.sparse.Statistics` of a call of these sizes, None if packed; waits for its device."""
         heads = (statistics.pairs / statistics.visible.clamp(min=1)).mean(dim=0).tolist()
         error = None if statistics.error is None else statistics.error.mean().item()
-        tiles = [extent.densities(bundles, geometry) for bundles in statistics.bundles.flatten(0, 1).tolist()]
-        mma, work = (sum(x) / max(len(tiles), 1) for x in zip(*tiles, strict=True))
+        mma = work = None
+        if extent is not None:
+            tiles = [extent.densities(bundles, geometry) for bundles in statistics.bundles.flatten(0, 1).tolist()]
+            mma, work = (sum(x) / max(len(tiles), 1) for x in zip(*tiles, strict=True))
         return cls(sum(heads) / len(heads), tuple(heads), mma, work, statistics.tail.mean().item(), error)
 
     def __str__(self) -> str:
         error = "" if self.error is None else f", error {self.error:.1e}"
-        return f"density {self.density:.3f}, work {self.work_density:.3f}, dropped {self.dropped:.3f}{error}"
+        work = "" if self.work_density is None else f", work {self.work_density:.3f}"
+        return f"density {self.density:.3f}{work}, dropped {self.dropped:.3f}{error}"
 
 
 @dataclasses.dataclass

@@ -175,7 +175,7 @@ class Packed(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
         ids = (torch.diff(positions, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-        at = torch.arange(q.shape[2])
+        at = torch.arange(q.shape[2], device=q.device)
         mask = (at[None] <= at[:, None]) & (ids[:, None, :, None] == ids[:, None, None, :])
         if padding is not None:
             mask = mask & padding[:, None, None, :]
@@ -223,7 +223,7 @@ def test_documents_in_any_order_are_right() -> None:
     """Ids that come in as they are: nothing tells the compiler that a document is in one piece."""
 
     def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-        at = torch.arange(q.shape[2])
+        at = torch.arange(q.shape[2], device=q.device)
         mask = (at[None] <= at[:, None]) & (ids[:, None, :, None] == ids[:, None, None, :])
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
