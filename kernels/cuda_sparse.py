@@ -190,7 +190,7 @@ def forward(
         causal: query i of Sq sees keys up to i + Sk - Sq.
         window: with `causal`, it sees the last `window` of these alone.
         keys: bool (B, Sk), keys that may be seen at all; None is all of them.
-        documents: with `causal`, integers of one type, (B, Sq) and (B, Sk), the documents of queries and keys: a query
+        documents: with `causal`, both int32 or int64, (B, Sq) and (B, Sk), the documents of queries and keys: a query
             sees keys of an equal number alone. None is one document.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes; see `triton_sparse_tiles.Tiling` for those that the kernels take.

@@ -34,7 +34,7 @@ class Documents:
         """From the ids of documents, in any order, in O(Sk log Sk).
 
         Args:
-            queries: integers (B, Sq), 1 <= Sq <= Sk, the ids of the queries at the last positions.
+            queries: int32 or int64 (B, Sq), 1 <= Sq <= Sk, the ids of the queries at the last positions.
             keys: of the same type (B, Sk).
             geometry: sizes of the tiles.
         """
@@ -75,8 +75,8 @@ def check_documents(documents: tuple[Tensor, Tensor], q: Tensor, k: Tensor, caus
     """Raises ValueError unless ids of documents go with q (B, Hq, Sq, D) and k (B, Hkv, Sk, D)."""
     shapes = [(q.shape[0], x.shape[2]) for x in (q, k)]
     kinds = {x.dtype for x in documents}
-    if [tuple(x.shape) for x in documents] != shapes or len(kinds) != 1 or kinds.pop().is_floating_point:
+    if [tuple(x.shape) for x in documents] != shapes or kinds not in ({torch.int32}, {torch.int64}):
         given = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in documents)
-        raise ValueError(f"documents must be integers of one type, {shapes[0]} and {shapes[1]}; got {given}")
+        raise ValueError(f"documents must both be int32 or int64, {shapes[0]} and {shapes[1]}; got {given}")
     if not causal:
         raise ValueError("documents go with causal attention; got causal=False: use exact attention")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_inductor.kernels import cpu_sparse, native, reference, reference_sparse
+from s2o_inductor.kernels.documents import Documents
 from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.sparse_policy import Geometry
 from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs, in_memory
@@ -90,6 +91,26 @@ def documents(kind: str, batch: int, queries: int, keys: int, seed: int) -> tupl
     if kind == "of queries apart":
         return torch.randint(0, 4, (batch, queries), generator=generator), ids
     return ids[:, keys - queries :], ids
+
+
+@settings(max_examples=60)
+@given(kind=st.sampled_from(KINDS), keys=st.integers(1, 150), before=st.integers(0, 149), seed=st.integers(0, 2**16))
+def test_tables_of_documents_say_what_the_reference_does(kind: str, keys: int, before: int, seed: int) -> None:
+    queries = max(1, keys - before)
+    ids = documents(kind, 2, queries, keys, seed)
+    packed = Documents.of(*ids, SMALL)
+    same = ids[0][:, :, None] == ids[1][:, None]
+    assert torch.equal(packed.queries[:, :, None] == packed.keys[:, None], same)
+    for b in range(2):
+        for t, (start, end) in enumerate(reference_sparse.tiles_of(queries, keys, SMALL.tile)):
+            rows = slice(start - keys + queries, end - keys + queries)
+            first, low = packed.tiles[b, t].tolist()
+            seen = same[b, rows].any(dim=0).nonzero()
+            assert first == (int(seen[0]) if len(seen) else keys)
+            plain = reference_sparse._prefix(start, end, keys, True, None, SMALL)
+            low = max(low, plain[0])
+            wanted = reference_sparse._prefix(start, end, keys, True, None, SMALL, (ids[0][b, rows], ids[1][b]))
+            assert (low, max(low, plain[1])) == wanted
 
 
 @st.composite
@@ -464,7 +485,7 @@ def test_huge_scores(kind: str) -> None:
         ({"window": 0}, "at least 1"),
         ({"window": 3, "causal": False}, "goes with causal"),
         ({"keys": torch.ones(2, 199, dtype=torch.bool)}, "must be bool"),
-        ({"documents": (torch.zeros(2, 200), torch.zeros(2, 200))}, "integers of one type"),
+        ({"documents": (torch.zeros(2, 200), torch.zeros(2, 200))}, "both be int32 or int64"),
         ({"documents": (torch.zeros(2, 200).int(), torch.zeros(2, 9).int())}, r"\(2, 200\) and \(2, 200\); got .*9"),
         ({"documents": (torch.zeros(2, 200).int(),) * 2, "causal": False}, "go with causal"),
     ],
