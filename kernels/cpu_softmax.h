@@ -15,15 +15,23 @@ namespace s2o {
 // Up to kKeys rows of K and V that are read together.
 struct Chunk {
   int64_t count = 0;
-  // Groups of keys have a limit from 0 on: to a score is added what q^2 times `spread` gives, at most the limit, and
-  // `bias`.
+  // Groups of keys have a limit from 0 on: to a score is added what q^2 times `spread` gives, times `shrunk` and at most
+  // the limit, and `bias`.
   float limit = -1.0f;
   bool bounded = false;  // some query may not see some key: `position` counts, and rises
   const float *k[kKeys], *v[kKeys];
   const float* spread[kKeys];
-  float bias[kKeys];
+  float shrunk[kKeys], bias[kKeys];
   int64_t position[kKeys];
   int32_t document[kKeys];  // counts where rows have documents
+
+  // Adds a group of `size` keys of which `left` were not read, as `tail_groups.tail_logits` weighs it.
+  void stand_in(const float* mean_k, const float* variance, const float* mean_v, int32_t left, int32_t size) {
+    const float unread = static_cast<float>(left) / static_cast<float>(size);
+    k[count] = mean_k, spread[count] = variance, v[count] = mean_v;
+    shrunk[count] = std::max(1.0f - 2.0f * std::sqrt(1.0f - unread), 0.0f);
+    bias[count++] = std::log2(static_cast<float>(left) * unread);
+  }
 };
 
 // Sizes of a tile and what its queries, at positions start, start + 1, ..., see of a bounded chunk.
@@ -191,7 +199,7 @@ inline void Softmax::add_spread(const float* queries, const Chunk& chunk) {
   const Vec limit = splat(chunk.limit);
   for (int64_t j = 0; j < chunk.count; ++j)
     for (int c = 0; c < kVectors; ++c) {
-      const Vec spread = vec(spreads + j * kPanel + c * kLanes);
+      const Vec spread = vec(spreads + j * kPanel + c * kLanes) * chunk.shrunk[j];
       vec(scores + j * kPanel + c * kLanes) += (spread > limit ? limit : spread) + chunk.bias[j];
     }
 }

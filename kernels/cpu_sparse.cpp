@@ -315,9 +315,8 @@ void Worker::add_tails() {
     for (int64_t g = 0; g < end - begin; ++g) {
       if (!counts_[g]) continue;
       const int64_t row = first_row + g;
-      chunk.k[chunk.count] = p_.tail_k + row * p_.width, chunk.v[chunk.count] = p_.tail_v + row * p_.value_width;
-      chunk.spread[chunk.count] = p_.tail_spread + row * p_.width;
-      chunk.bias[chunk.count++] = std::log2(static_cast<float>(counts_[g]));
+      chunk.stand_in(p_.tail_k + row * p_.width, p_.tail_spread + row * p_.width, p_.tail_v + row * p_.value_width,
+                     counts_[g], p_.size[row]);
       if (chunk.count == kKeys) flush_tail(chunk, heads, first, last);
     }
     flush_tail(chunk, heads, first, last);

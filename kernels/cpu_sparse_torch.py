@@ -205,6 +205,7 @@ def _bundles(
 
 def _tails(tile: _Softmax, groups: Groups, order: Tensor, read: Tensor, geometry: Geometry) -> None:
     """Adds the tail of a prefix, once for all heads that stopped after the same keys of the order, all visible."""
+    size = groups.member[order].bincount(minlength=groups.k.shape[0])
     for count in read.unique().tolist():
         left = groups.member[order[count:]].bincount(minlength=groups.k.shape[0])
         some = left > 0
@@ -213,5 +214,6 @@ def _tails(tile: _Softmax, groups: Groups, order: Tensor, read: Tensor, geometry
         heads = (read == count).nonzero().flatten()
         standing = Groups(groups.member, groups.k[some], groups.variance[some], groups.v[some])
         q = tile.q[heads].flatten(0, 1)  # scaled already
-        scores = tail_logits(q, standing, left[some], 1.0, geometry.limit).unflatten(0, (heads.numel(), -1))
+        scores = tail_logits(q, standing, left[some], size[some], 1.0, geometry.limit)
+        scores = scores.unflatten(0, (heads.numel(), -1))
         tile.add_scores(heads, scores, standing.v)

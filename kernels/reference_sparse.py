@@ -87,7 +87,7 @@ def run_scores(
         apart = logits.softmax(dim=1)
     else:
         size = groups.member[shown].bincount(minlength=groups.k.shape[0])
-        of_groups = tail_logits(means, groups, size, scale, geometry.limit)
+        of_groups = tail_logits(means, groups, size, size, scale, geometry.limit)
         total = of_groups.logsumexp(dim=1, keepdim=True)
         share = (of_groups - size.to(q.dtype).log() - total).exp()
         apart = ((logits - total).exp() - share[:, groups.member]).abs()
@@ -340,11 +340,11 @@ def _attend(
     read = (sees & chosen).any(dim=0)  # no other key is touched: a weight of 0 would not stop a NaN
     logits, values = (q @ k[read].T * scale).masked_fill(~sees[:, read], _HIDDEN), v[read]
     if groups is not None:
-        rest = (sees.any(dim=0) & ~chosen)[prefix]
-        left = groups.member[prefix][rest].bincount(minlength=groups.k.shape[0])
+        seen, rest = (x[prefix] for x in (sees.any(dim=0), sees.any(dim=0) & ~chosen))
+        size, left = (groups.member[prefix][x].bincount(minlength=groups.k.shape[0]) for x in (seen, rest))
         some = left > 0
         standing = Groups(groups.member, groups.k[some], groups.variance[some], groups.v[some])
-        logits = torch.cat([logits, tail_logits(q, standing, left[some], scale, limit)], dim=1)
+        logits = torch.cat([logits, tail_logits(q, standing, left[some], size[some], scale, limit)], dim=1)
         values = torch.cat([values, standing.v])
     lse = logits.logsumexp(dim=1)
     nothing = (lse == _HIDDEN)[:, None]

@@ -236,22 +236,28 @@ def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: 
 
 @triton.jit
 def _count_left(bundle, counts, bundles, RUNS: tl.constexpr, CLUSTERS: tl.constexpr, BN: tl.constexpr):
-    """float32 (BN,), keys of each group that are in none of the first `bundles`, from `_load_unread`."""
+    """What `tail_groups.tail_logits` makes of the keys of each group that are in none of the first `bundles`.
+
+    Returns:
+        float32 (BN,), how many they count for, and by what their group's spread shrinks; from `_load_unread`.
+    """
     unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, RUNS, 1)
     of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, RUNS, CLUSTERS)
-    return tl.sum(of_group * unread, 1).reshape(BN).to(tl.float32)
+    left = tl.sum(of_group * unread, 1).reshape(BN).to(tl.float32)
+    share = left / tl.maximum(tl.sum(of_group, 1).reshape(BN), 1).to(tl.float32)
+    return left * share, tl.maximum(1.0 - 2.0 * tl.sqrt(1.0 - share), 0.0)
 
 
 @triton.jit
 def _stand_in(
-    q, squares, left, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, high, groups, scale2, most,
+    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, high, groups, scale2, most,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """What stands in for the groups at `number` (BN,) below `high`.
 
     Returns:
-        base-2 scores of one key of each, what its spread adds to them at most `most` and -inf where no key is `left`:
-        products of q and mean keys, to be scaled by `scale2`, and what is to be added to that; and mean values.
+        base-2 scores of one key of each, what its `shrunk` spread adds to them at most `most` and -inf where no key is
+        `left`: products of q and mean keys, to be scaled by `scale2`, and what is to be added to that; and mean values.
     """
     there = number < high
     steps = (groups.to(tl.int64) * D, 0, D)
@@ -260,7 +266,7 @@ def _stand_in(
     k = gather_rows(mean_k_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
     products = tl.dot(q, k.T, input_precision="ieee")
     # Hidden by the limit, which is taken anyway: that costs nothing for each score.
-    spread = tl.minimum(spread, tl.where(left > 0.0, most, float("-inf"))[None, :])
+    spread = tl.minimum(spread * shrunk[None, :], tl.where(left > 0.0, most, float("-inf"))[None, :])
     steps = (groups.to(tl.int64) * DV, 0, DV)
     v = gather_rows(mean_v_ptr, steps, kv_bh, kv_bh * 0, number, there, True, DV, BLOCK_DV)
     return products, spread, v
@@ -317,11 +323,11 @@ def tail_kernel(
         end_group = high // UNIT * CLUSTERS
         bundle, counts = _load_unread(of_bundle, of_counts, low, high, RUN, CLUSTERS, SPAN)
         for key0 in tl.range(low, high, SPAN):
-            left = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
+            left, shrunk = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
             # A step ahead: the pipeline is for operands of products alone.
             bundle, counts = _load_unread(of_bundle, of_counts, key0 + SPAN, high, RUN, CLUSTERS, SPAN)
             products, spread, v = _stand_in(
-                q, squares, left, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
+                q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
                 key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             # Times what is left, not plus its logarithm, which would be more instructions than all else here.
@@ -336,12 +342,12 @@ def tail_kernel(
             total = before
             for key0 in tl.range(low, high, SPAN, num_stages=1):  # more would cost the first loop registers
                 bundle, counts = _load_unread(of_bundle, of_counts, key0, high, RUN, CLUSTERS, SPAN)
-                left = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
+                left, shrunk = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
                 products, spread, v = _stand_in(
-                    q, squares, left, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
+                    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
                     key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D,
                     BLOCK_DV,
                 )  # fmt: skip
-                scores = products * scale2 + spread + tl.log2(tl.maximum(left, 1.0))[None, :]
+                scores = products * scale2 + spread + tl.log2(tl.maximum(left, 1e-6))[None, :]
                 acc, peak, total = _update((acc, peak, total), scores, v, 1.0)
         _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)

@@ -341,12 +341,23 @@ def test_the_spread_of_a_flat_tail_counts(seed: int, scale: float) -> None:
     geometry = Geometry(tile=256, sink=0, sub_means=1, run=1, block=256, clusters=1)
     groups = tail_groups(k, k, None, geometry)
     exact = (q @ k.T * scale).logsumexp(dim=1)
+    count = torch.tensor([256])
     second, first = (
-        (tail_logits(q, groups, torch.tensor([256]), scale, limit)[:, 0] - exact).abs().mean() for limit in (3.0, 0.0)
+        (tail_logits(q, groups, count, count, scale, limit)[:, 0] - exact).abs().mean() for limit in (3.0, 0.0)
     )
     assert second < 0.5 * first
-    capped = tail_logits(99 * q, groups, torch.tensor([256]), 1.0, 2.0) - 99 * q @ groups.k.T - math.log(256)
+    capped = tail_logits(99 * q, groups, count, count, 1.0, 2.0) - 99 * q @ groups.k.T - math.log(256)
     torch.testing.assert_close(capped.amax().item(), 2.0)
+
+
+@pytest.mark.parametrize(("read", "within"), [(0, 0.03), (64, 0.06), (256, 0.1), (1024, 0.1), (2048, 0.1), (3072, 0.3)])
+def test_keys_left_are_the_lighter_ones(read: int, within: float) -> None:
+    """Of a group with normal scores of deviation 1 whose heaviest keys were read."""
+    size = 4096
+    scores = torch.special.ndtri((torch.arange(size, dtype=torch.float64) + 0.5) / size)
+    groups = Groups(torch.zeros(size, dtype=torch.int64), *(torch.tensor([[x]]).double() for x in (0.0, 1.0, 0.0)))
+    left = tail_logits(torch.ones(1, 1).double(), groups, torch.tensor([size - read]), torch.tensor([size]), 1.0, 3.0)
+    assert left.item() == pytest.approx(scores[: size - read].logsumexp(0).item(), abs=within)
 
 
 def test_stop_rules_by_hand() -> None:
