@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from s2o_inductor.kernels import hopper_sparse
 from s2o_inductor.kernels import triton_sparse_attention as kernels
 from s2o_inductor.kernels import triton_sparse_order as ordering
 from s2o_inductor.kernels.documents import Documents, check_documents
@@ -141,9 +142,8 @@ class _Call:
             return {**shared, "RAGGED": not (whole and geometry.block % config.keys == 0)}
 
         sizes = (self.q.dtype, max(width, v_width), geometry.tile)
-        launch(
-            kernels.attend_kernel, configs or attend_configs(*sizes), lambda _: programs, attend_arguments
-        )  # fmt: skip
+        if ragged or not hopper_sparse.attend(self.q, (width, v_width), self.tiling, self.padding, programs, shared):
+            launch(kernels.attend_kernel, configs or attend_configs(*sizes), lambda _: programs, attend_arguments)
         if self.groups is None or order.bundle_of is None:
             return
         extra = {

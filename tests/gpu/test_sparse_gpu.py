@@ -110,6 +110,35 @@ def test_packed_documents_through_the_backend() -> None:
     assert error < 0.1 and site["sparse"]["error"] == pytest.approx(error**2, rel=0.3)
 
 
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry(tile=64), Geometry(sink=0, bundle=128, block=128)])
+@pytest.mark.parametrize(
+    ("lengths", "width"), [((2048, 2048), 128), ((1777, 2311), 128), ((300, 4500), 64), ((1, 1000), 64)]
+)
+def test_both_attention_kernels(
+    lengths: tuple[int, int], width: int, geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gluon's against the float64 replay, and Triton's against it."""
+    from s2o_inductor.kernels import hopper_sparse
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Gluon kernel is for Hopper")
+    case = sparse_problem(
+        2, (4, 1), lengths, (width, width), torch.bfloat16, sharpness=2.0, device="cuda", geometry=geometry,
+        budgets=(0.0, 0.1, 0.4, 0.9),
+    )  # fmt: skip
+    ran: list[bool] = []
+    launch = hopper_sparse.attend
+    monkeypatch.setattr(hopper_sparse, "attend", lambda *arguments: ran.append(launch(*arguments)) or ran[-1])
+    found = case.check()
+    assert ran and all(ran)
+    monkeypatch.setattr(hopper_sparse, "attend", lambda *_: False)
+    other = case.check()
+    same = found.bundles == other.bundles
+    assert same.float().mean() > 0.9  # rounding may move a stop that was close
+    if same.all():
+        assert torch.equal(found.pairs, other.pairs) and torch.equal(found.visible, other.visible)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 def test_through_the_backend(padded: bool) -> None:

@@ -1,0 +1,91 @@
+"""When attention through a page table runs in the Gluon kernel for Hopper, and in which sizes.
+
+Gluon is experimental: where the installed Triton lacks it, or has one that no longer compiles the kernel, the Triton
+kernel takes every call.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from s2o_inductor.kernels.launching import Config, launch
+from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
+
+try:
+    from s2o_inductor.kernels import gluon_sparse_attention as kernels
+except (ImportError, AttributeError):
+    kernels = None  # type: ignore[assignment]
+
+log = logging.getLogger("s2o_inductor")
+# What a run of keys must be for the kernel's loads.
+_RUN = 8
+# Kinds of calls that did not compile; they are not tried again.
+_failed: set[tuple[Any, ...]] = set()
+
+
+def attend_configs(
+    capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
+) -> list[Config]:
+    """Ways to run the kernel, fastest first on an H100; none for calls that it does not take.
+
+    `stages` are the key tiles that it loads ahead.
+
+    Args:
+        capability: of the device, major and minor.
+        dtype: of q, k and v.
+        widths: head sizes D and Dv.
+        tiling: the tiles of the call.
+        padding: of the keys.
+    """
+    geometry = tiling.geometry
+    if (
+        kernels is None
+        or capability != (9, 0)
+        or dtype not in (torch.float16, torch.bfloat16)
+        or widths not in ((64, 64), (128, 128))
+        or geometry.tile not in (64, 128)
+        or geometry.run != _RUN
+        or not tiling.causal
+        or tiling.window is not None
+        or padding.allowed is not None
+        or padding.documents is not None
+    ):
+        return []
+    if geometry.tile == 64:  # two programs share a multiprocessor, and its memory
+        found = [Config(64, 64, 4, 2)]
+    else:
+        found = [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 2)]
+    return [config for config in found if geometry.block % config.keys == 0 and geometry.bundle % config.keys == 0]
+
+
+def attend(
+    q: Tensor, widths: tuple[int, int], tiling: Tiling, padding: Padding, programs: int, named: dict[str, Any]
+) -> bool:
+    """Launches the kernel if it takes the call; whether it did.
+
+    Args:
+        q: the queries.
+        widths: as in `attend_configs`, like the following two.
+        tiling: see there.
+        padding: see there.
+        programs: tiles times query heads times batch.
+        named: the arguments of the Triton kernel, by name.
+    """
+    if not q.is_cuda:
+        return False
+    configs = attend_configs(torch.cuda.get_device_capability(q.device), q.dtype, widths, tiling, padding)
+    kind = (q.device, q.dtype, widths, tiling.geometry)
+    if not configs or kind in _failed:
+        return False
+    try:
+        launch(kernels.attend_kernel, configs, lambda _: programs, lambda config: {**named, "AHEAD": config.stages})
+    except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
+        log.warning("the Gluon kernel does not compile here, Triton's runs instead: %s", str(error)[:500])
+        _failed.add(kind)
+        return False
+    return True

@@ -1,0 +1,95 @@
+"""Which calls Hopper's attention kernel takes, and that the installed Triton compiles it, which needs no GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from s2o_inductor.kernels import hopper_sparse
+from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
+from s2o_inductor.sparse_policy import Geometry
+
+HOPPER = (9, 0)
+
+
+def configs(
+    *, capability: tuple[int, int] = HOPPER, dtype: torch.dtype = torch.bfloat16, widths: tuple[int, int] = (128, 128),
+    causal: bool = True, window: int | None = None, padding: Padding | None = None, geometry: Geometry | None = None,
+) -> list[Any]:  # fmt: skip
+    tiling = Tiling(4096, 4096, causal, window, geometry or Geometry())
+    return hopper_sparse.attend_configs(capability, dtype, widths, tiling, padding or Padding())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {}, {"dtype": torch.float16, "widths": (64, 64)}, {"geometry": Geometry(tile=64)},
+        {"geometry": Geometry(sink=64, block=64, bundle=192)},
+    ],
+)  # fmt: skip
+def test_taken(call: dict[str, Any]) -> None:
+    geometry = call.get("geometry") or Geometry()
+    found = configs(**call)
+    assert found
+    for config in found:
+        assert config.rows == geometry.tile
+        assert math.gcd(geometry.sink, geometry.block, geometry.bundle) % config.keys == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"capability": (8, 0)}, {"capability": (10, 0)}, {"dtype": torch.float32}, {"widths": (96, 96)},
+        {"widths": (128, 64)}, {"causal": False}, {"window": 1024}, {"geometry": Geometry(run=16)},
+        {"padding": Padding.of(torch.ones(1, 4096, dtype=torch.bool), 8)},
+    ],
+)  # fmt: skip
+def test_left_to_triton(call: dict[str, Any]) -> None:
+    assert configs(**call) == []
+
+
+@pytest.mark.skipif(hopper_sparse.kernels is None, reason="this Triton has no Gluon that the kernel could use")
+@pytest.mark.parametrize(("width", "tile"), [(128, 128), (64, 128), (128, 64)])
+def test_compiles(width: int, tile: int) -> None:
+    """For sm_90, in the first way that a call of this size would run it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    (config, *_) = configs(widths=(width, width), geometry=Geometry(tile=tile))
+    kernel = hopper_sparse.kernels.attend_kernel
+    geometry = Geometry()
+    constants = {
+        "TILE": tile, "UNIT": geometry.block, "BUNDLE": geometry.bundle, "HORIZON": geometry.horizon, "D": width,
+        "BN": config.keys, "AHEAD": config.stages,
+    }  # fmt: skip
+    kinds: dict[str, Any] = {
+        "lse_ptr": "*fp32", "table_ptr": "*i32", "listed_ptr": "*i32", "budgets_ptr": "*fp32", "bundles_ptr": "*i64",
+        "tail_ptr": "*fp32", "pairs_ptr": "*i64", "visible_ptr": "*i64", "scale": "fp32",
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
+        **dict.fromkeys(("q_steps", "k_steps", "v_steps"), ("i32",) * 3), **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    aligned = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name.endswith("_steps"):
+            attributes |= {(i, j): aligned for j in range(3)}
+        elif name.endswith("_ptr"):
+            attributes[(i,)] = aligned
+    compiled = triton.compile(
+        GluonASTSource(
+            fn=kernel,
+            signature={name: kinds.get(name, "i32") for name in kernel.arg_names},
+            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            attrs=attributes,
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": config.warps},
+    )
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 232_448  # what a program may have on Hopper
