@@ -202,7 +202,7 @@ def order(
     configs = scores_configs(k.dtype, k.shape[3], means)
     launch(
         scoring.scores_kernel,
-        [dataclasses.replace(x, keys=min(x.keys, geometry.block)) for x in configs],
+        [dataclasses.replace(x, keys=max(geometry.run, min(x.keys, geometry.block))) for x in configs],
         lambda config: batch * kv_heads * triton.cdiv(count, config.rows // means) * spans,
         lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(k, config.keys)},
     )  # fmt: skip

@@ -41,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
         "heads": (4, 1), "widths": (40, 72), "budgets": (0.5,), "lengths": (60, 300), "layout": "every_other",
     },
     "float32": {"dtype": torch.float32, "max_density": 0.4},
+    "float32, runs longer than a step": {
+        "dtype": torch.float32, "geometry": Geometry(bundle=64, sink=64, block=64, run=64), "lengths": (20, 330),
+        "max_density": 0.5,
+    },
     "float32, all representatives of few tiles": {
         "dtype": torch.float32, "widths": (144, 16), "heads": (16, 1), "lengths": (20, 330), "max_density": 0.4,
         "geometry": Geometry(bundle=64, sink=64, block=64, tile=32),
