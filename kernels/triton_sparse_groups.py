@@ -204,7 +204,7 @@ def configs(dtype: torch.dtype, widths: tuple[int, int], geometry: Geometry) -> 
     """Ways to run the kernel: keys of a block at a time, whole runs, and the same when variances are made.
 
     Products of 64 rows and LEAST_ROWS columns get four warps. For eight, Triton 3.6 emits Hopper's matrix instruction
-    of 8 columns on a layout swizzled in 16s: calls compiled so, and only those, ranked wrongly or faulted on an H100.
+    of 8 columns on a layout swizzled in 16s, and only calls compiled so ranked wrongly or faulted on an H100.
 
     Args:
         dtype: of keys and values.

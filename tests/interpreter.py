@@ -41,7 +41,7 @@ def checked_addresses() -> Iterator[None]:
     """While active, a launch in this process's interpreter raises IndexError where it leaves the tensors it was given.
 
     The host's memory goes on beyond a tensor, so that a stray load mostly reads something; on a GPU it may fault, and
-    a stray store goes unnoticed. Descriptors are checked too. Takes a tenth of the interpreter's time.
+    a stray store goes unnoticed. Descriptors are checked too.
     """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
