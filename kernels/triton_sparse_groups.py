@@ -200,14 +200,24 @@ def _groups_kernel(
     tl.store(size_ptr + number, size.to(tl.int32), mask=exists)
 
 
-def _configs(dtype: torch.dtype, width: int, geometry: Geometry) -> list[Config]:
-    """Ways to run the kernel: keys of a block at a time, whole runs, and the same when variances are made."""
+def configs(dtype: torch.dtype, widths: tuple[int, int], geometry: Geometry) -> list[Config]:
+    """Ways to run the kernel: keys of a block at a time, whole runs, and the same when variances are made.
+
+    Products of 64 rows and LEAST_ROWS columns get four warps. For eight, Triton 3.6 emits Hopper's matrix instruction
+    of 8 columns on a layout swizzled in 16s, and only calls compiled so ranked wrongly or faulted on an H100.
+
+    Args:
+        dtype: of keys and values.
+        widths: of keys and of values.
+        geometry: sizes.
+    """
     least = max(16, geometry.run)
-    if dtype == torch.float32 or width > 128:
-        rows = max(least, min(32, geometry.block))
-        return [Config(rows, rows, 8, 1), Config(least, least, 4, 1)]
-    rows = min(128, geometry.block)
-    return [Config(geometry.block, min(64, geometry.block), 8, 1), Config(rows, rows, 8, 1), Config(least, least, 4, 1)]
+    wide = dtype == torch.float32 or max(widths) > 128
+    rows = max(least, min(32, geometry.block)) if wide else min(128, geometry.block)
+    sizes = {rows, *map(block_width, widths)}
+    warps = 4 if dtype != torch.float32 and sizes & {16, 64} else 8
+    small = [Config(rows, rows, warps, 1), Config(least, least, 4, 1)]
+    return small if wide else [Config(geometry.block, max(least, min(64, geometry.block)), warps, 1), *small]
 
 
 def group_keys(k: Tensor, v: Tensor, padding: Padding, geometry: Geometry) -> GroupTable:
@@ -240,6 +250,6 @@ def group_keys(k: Tensor, v: Tensor, padding: Padding, geometry: Geometry) -> Gr
         "DV": v.shape[3], "BLOCK_D": block_width(width), "BLOCK_DV": block_width(v.shape[3]),
         **table.arguments(), **padding.arguments(),
     }  # fmt: skip
-    configs = _configs(k.dtype, max(width, v.shape[3]), geometry)
-    launch(_groups_kernel, configs, lambda _: batch * heads * blocks, lambda _: fixed)
+    ways = configs(k.dtype, (width, v.shape[3]), geometry)
+    launch(_groups_kernel, ways, lambda _: batch * heads * blocks, lambda _: fixed)
     return table
