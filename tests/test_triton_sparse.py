@@ -230,23 +230,6 @@ def test_ranges_cover_all_tiles_and_fit_the_workspace() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_products_of_groups_have_rows_for_all_warps(dtype: torch.dtype) -> None:
-    """64 rows among eight warps are multiplied 8 columns at a time: see `triton_sparse_groups.configs`."""
-    pytest.importorskip("triton")
-    from s2o_inductor.kernels.launching import block_width
-    from s2o_inductor.kernels.triton_sparse_groups import configs
-
-    widths = (16, 40, 64, 80, 128, 256)
-    for block, run, d, dv in itertools.product((16, 32, 64, 128, 256), (1, 8, 64), widths, widths):
-        geometry = Geometry(block=block, run=min(run, block), sink=0)
-        for config in configs(dtype, (d, dv), geometry):
-            assert block % config.rows == block % config.keys == config.rows % geometry.run == 0
-            if dtype != torch.float32:  # whose exact products are not of tensor cores
-                rows = {config.rows, block_width(d), block_width(dv)}
-                assert config.warps == 4 or not rows & {16, 64}, (config, block, d, dv)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_products_of_scores_take_whole_tiles_and_little_memory(dtype: torch.dtype) -> None:
     """The last configuration fits a Hopper: exact products hold every operand in shared memory, in float32."""
     pytest.importorskip("triton")
