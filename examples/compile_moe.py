@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from s2o_inductor.kernels import (
     cuda_moe,
     launching,
+    triton_moe_addresses,
     triton_moe_backward,
     triton_moe_first,
     triton_moe_plan,
@@ -36,7 +37,7 @@ from s2o_inductor.kernels.launching import Config
 from s2o_inductor.kernels.moe_cpu import Experts, Gradients
 from s2o_inductor.moe_spec import ExpertSpec
 
-_LAUNCHERS = (triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward)
+_LAUNCHERS = (triton_moe_addresses, triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward)
 
 
 @dataclasses.dataclass(frozen=True)
