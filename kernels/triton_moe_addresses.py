@@ -35,15 +35,12 @@ def _addresses_kernel(addresses, table_ptr, COUNT: tl.constexpr, BM: tl.constexp
 
 
 @triton.jit
-def matrix_of(source, step, expert, ADDRESSED: tl.constexpr, KIND: tl.constexpr):
-    """Where the matrix of an expert begins: `step` after that of the one before, or where a table of addresses says.
+def address_of(table, expert, KIND: tl.constexpr):
+    """Where the matrix of an expert begins, of dtype KIND.
 
-    The compiler learns nothing about an address from a table: what is loaded or stored there says how it is aligned.
+    The compiler learns nothing about the alignment of what a table holds: those who load or store there tell it.
     """
-    if ADDRESSED:
-        return tl.load(source + expert).to(tl.pointer_type(KIND))
-    else:
-        return source + expert.to(tl.int64) * step
+    return tl.load(table + expert).to(tl.pointer_type(KIND))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
-from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, matrix_of
+from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, address_of
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     ALTERNATING,
@@ -173,7 +173,9 @@ def _outer_kernel(
     end = tl.load(firsts_ptr + expert + 1)
     steps = tl.maximum(tl.cdiv(end - begin, BK), 1)  # one without rows where there are none: it stores zeros
     acc = tl.zeros((BM, BN), tl.float32)
-    out = matrix_of(out_ptr, LEFT * RIGHT, expert, ADDRESSED, kind)
+    out = out_ptr
+    if ADDRESSED:
+        out = address_of(out_ptr, expert, kind)
     for number in tl.range(0, tl.minimum(BLOCKS, blocks - first) * steps):
         block = first + number // steps
         step = number % steps
@@ -194,7 +196,10 @@ def _outer_kernel(
         if step == steps - 1:
             i = left_at + tl.arange(0, BM)
             j = right_at + tl.arange(0, BN)
-            here = out + i.to(tl.int64)[:, None] * RIGHT + j[None, :]
+            rows = i.to(tl.int64)
+            if not ADDRESSED:
+                rows = expert.to(tl.int64) * LEFT + i
+            here = out + rows[:, None] * RIGHT + j[None, :]
             if ADDRESSED and RIGHT * kind.primitive_bitwidth % 128 == 0:
                 here = tl.multiple_of(here, (16, 16))  # bytes; see `Addresses`
             tl.store(here, acc.to(kind), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])

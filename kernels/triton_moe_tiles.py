@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s2o_inductor.kernels.launching import Config
-from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, matrix_of
+from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, address_of
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.moe_spec import ExpertSpec
 
@@ -156,8 +156,10 @@ def place_of(program, blocks, splits, count, GROUP: tl.constexpr):
 @triton.jit
 def weights_of(source, steps, expert, LAYOUT: tl.constexpr, KIND: tl.constexpr):
     """What `load_weights` and `load_halves` read an expert's weights from, numbers of dtype KIND."""
-    if LAYOUT == POINTERS or LAYOUT == ADDRESSES:  # noqa: SIM109 - for the compiler
-        return matrix_of(source, steps[0], expert, LAYOUT == ADDRESSES, KIND)
+    if LAYOUT == ADDRESSES:
+        return address_of(source, expert, KIND)
+    elif LAYOUT == POINTERS:
+        return source + expert.to(tl.int64) * steps[0]
     else:
         return source
 
