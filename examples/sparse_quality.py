@@ -141,6 +141,7 @@ class PseudoKeys:
         limit: of the second-order term, in nats.
         exact: the means are those of the tokens left, not of all tokens of the group. A kernel would have to
             subtract what each tile read; without it the groups belong to the key/value head alone.
+        lighter: the tokens left are the lighter ones of their group, and weighed as `tail_groups.tail_logits` does.
     """
 
     group: Tensor
@@ -149,6 +150,7 @@ class PseudoKeys:
     variance: Tensor
     limit: float = 0.0
     exact: bool = False
+    lighter: bool = False
 
     def masses(self, tile: Tile, head: int, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Mass (T, R) and mass times value (T, R, Dv) of what T selections left, rest (T, N) in {0, 1}."""
@@ -163,8 +165,14 @@ class PseudoKeys:
             logits = q @ k.transpose(1, 2)
         else:
             v, logits = self.v, q @ self.k.T
+            spread = q.square() @ self.variance.T / 2
+            if self.lighter:
+                size = torch.bincount(self.group, minlength=groups)
+                unread = count / size.clamp(min=1)
+                spread = spread * (1 - 2 * (1 - unread).clamp(min=0.0).sqrt()).clamp(min=0.0)[:, None]
+                count = count * unread
             if self.limit:
-                logits = logits + (q.square() @ self.variance.T / 2).clamp(max=self.limit)
+                logits = logits + spread.clamp(max=self.limit)
         weight = (logits + count.log()[:, None] - tile.peak[head][:, None]).exp()
         return weight.sum(dim=2), weight @ v
 
@@ -235,7 +243,7 @@ def built(tile: Tile, geometry: Geometry = GEOMETRY) -> PseudoKeys:
             f"got {tile.sink_k.shape[0]} and {tile.k.shape[0]}"
         )
     groups = tail_groups(tile.k, tile.v, None, geometry)
-    return PseudoKeys(groups.member, groups.k, groups.v, groups.variance, geometry.limit)
+    return PseudoKeys(groups.member, groups.k, groups.v, groups.variance, geometry.limit, lighter=True)
 
 
 def k_means(x: Tensor, block: int, count: int, rounds: int) -> Tensor:

@@ -119,7 +119,7 @@ SWEEP: dict[str, tuple[Any, str, list[tuple[int, ...]]]] = {
         cuda_sparse, "tail_configs", [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)]
     ),
     "scores_kernel": (
-        ordering, "_scores_configs",
+        ordering, "scores_configs",
         [(128, 128, 8, 2, 128), (128, 128, 8, 2), (128, 64, 4, 2, 168), (128, 64, 4, 3), (128, 64, 8, 3)],
     ),
 }  # fmt: skip

@@ -70,6 +70,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
         return f"heads are wider than {_WIDTH}: {widest}"
     if group * geometry.sub_means > _MEANS:
         return f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {_MEANS}"
+    if q.dtype == torch.float32 and q.shape[3] > _WIDTH // 2 and group * geometry.sub_means > _MEANS // 2:
+        return (
+            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {_MEANS // 2} for "
+            f"float32 heads wider than {_WIDTH // 2}"
+        )
     try:
         Tiling(q.shape[2], k.shape[2], True, None, geometry)
     except ValueError as error:

@@ -173,7 +173,10 @@ def attend_kernel(
                 there = step * BN + of_step < size
                 if RAGGED:
                     run = tl.where(there, run, 0)
-                key = run * RUN + of_step % RUN
+                if RUN > BN:  # a run takes several steps
+                    key = run * RUN + (step * BN + of_step) % RUN
+                else:
+                    key = run * RUN + of_step % RUN
                 # The next step's runs, a step ahead: a load whose address another load of the same step brings
                 # would leave the pipeline one stage for the two of them.
                 ahead = (step + 1) * BN + of_step

@@ -1,8 +1,8 @@
 """Groups of like keys in Triton: k-means inside blocks, as `kernels/tail_groups.py` says, one program a block.
 
-A block's keys and values are read once where shared memory holds them, else a few times through the caches; what is
-written is small. Sums are in float32, but centres are rounded to the type of the keys, so a key that lies between two
-groups may join the other one than in the reference: either stands for it equally well.
+A block's keys and values are read a few times and stay in the caches; what is written is small. Sums are in float32,
+but centres are rounded to the type of the keys, so a key that lies between two groups may join the other one than in
+the reference: either stands for it equally well.
 """
 
 # Device code has no types that mypy knows.
@@ -59,18 +59,20 @@ class GroupTable:
 def _distance(x, centres, factor):
     """Squared distances (PART, LEAST_ROWS) less what does not depend on the centre, in units of `factor`.
 
-    Centres (width, LEAST_ROWS) of the type of x: rounded ones are as good as any, if their norms are rounded with them.
+    Centres of the type of x: rounded ones are as good as any, if their norms are rounded with them.
     """
-    products = tl.dot(x, centres, input_precision="ieee")
+    products = tl.dot(x, centres.T, input_precision="ieee")
     wide = centres.to(tl.float32)
-    return (tl.sum(wide * wide, 0)[None, :] - 2.0 * products) * factor
+    return (tl.sum(wide * wide, 1)[None, :] - 2.0 * products) * factor
 
 
 @triton.jit
-def _nearest(k, v, centre_k, centre_v, of_k, of_v, CLUSTERS: tl.constexpr):
-    """The nearest group of each key (PART,)."""
+def _members(k, v, centre_k, centre_v, of_k, of_v, shown, CLUSTERS: tl.constexpr):
+    """The nearest group of each key (PART,), and whether a visible key is in a group, (LEAST_ROWS, PART) in {0, 1}."""
+    group = tl.arange(0, LEAST_ROWS)
     distance = _distance(k, centre_k, of_k) + _distance(v, centre_v, of_v)
-    return tl.argmin(tl.where((tl.arange(0, LEAST_ROWS) < CLUSTERS)[None, :], distance, float("inf")), 1)
+    nearest = tl.argmin(tl.where((group < CLUSTERS)[None, :], distance, float("inf")), 1)
+    return nearest, (group[:, None] == nearest[None, :]) & shown[None, :]
 
 
 @triton.jit
@@ -81,133 +83,91 @@ def _factor(total, square, count, width):
     return 1.0 / tl.maximum(spread, 1.1754943508222875e-38)
 
 
-@triton.jit
-def _read_part(
-    whole, pointer, steps, allowed_ptr, batch, head, first, keys, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Rows [first, first + BM) of one head, zeros where hidden: `whole`, if that is the block."""
-    if BM == UNIT:
-        return whole
-    else:
-        at = first + tl.arange(0, BM)
-        shown = load_allowed(allowed_ptr, batch, keys, at, at < keys, KEYS)
-        return gather_rows(pointer, steps, batch, head, at, shown, True, WIDTH, BLOCK)
-
-
-@triton.jit
-def _squares_apart(
-    k_ptr, k_steps, allowed_ptr, batch, head, start, keys, members, centres, dtype: tl.constexpr, UNIT: tl.constexpr,
-    KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_D, LEAST_ROWS): sums over the keys of each group of squared distances from its centre, by channel."""
-    group = tl.arange(0, LEAST_ROWS)
-    sums = tl.zeros((BLOCK_D, LEAST_ROWS), tl.float32)
-    for first in tl.range(start, start + UNIT, BN, num_stages=1):
-        at = first + tl.arange(0, BN)
-        shown = load_allowed(allowed_ptr, batch, keys, at, at < keys, KEYS)
-        k = gather_rows(k_ptr, k_steps, batch, head, at, shown, True, D, BLOCK_D)
-        nearest = tl.load(members + at).to(tl.int32)
-        member = (nearest[:, None] == group[None, :]) & shown[:, None]
-        apart = k.to(tl.float32) - tl.dot(member.to(k.dtype), centres.T, input_precision="ieee")
-        square = (apart * apart).to(dtype)
-        sums = tl.dot(square.T, member.to(dtype), sums, input_precision="ieee")
-    return sums
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _groups_kernel(
     k_ptr, k_steps, v_ptr, v_steps, allowed_ptr, before_ptr, member_ptr, counts_ptr, size_ptr, mean_k_ptr,
     variance_ptr, mean_v_ptr, heads, keys, blocks, UNIT: tl.constexpr, RUN: tl.constexpr, ROUNDS: tl.constexpr,
     CLUSTERS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """One block of one of `heads` key/value heads, BM keys at a time, BN for the variances.
-
-    A block that shared memory holds, BM = UNIT, is read once for all rounds; the caches hold another's parts.
-    """
+    """One block of one of `heads` key/value heads, BM keys at a time: registers do not hold it, the caches do."""
     block = tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
     batch = bh // heads
     head = bh % heads
-    start = block * UNIT
     at = tl.arange(0, BM)
-    shown = load_allowed(allowed_ptr, batch, keys, start + at, start + at < keys, KEYS)
-    whole_k = gather_rows(k_ptr, k_steps, batch, head, start + at, shown, True, D, BLOCK_D)
-    whole_v = gather_rows(v_ptr, v_steps, batch, head, start + at, shown, True, DV, BLOCK_DV)
     total_k, square_k = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     total_v, square_v = tl.zeros((BLOCK_DV,), tl.float32), tl.zeros((BLOCK_DV,), tl.float32)
     count = tl.sum(total_k, 0)
-    for first in tl.range(start, start + UNIT, BM, num_stages=1):
+    for first in tl.range(block * UNIT, block * UNIT + UNIT, BM, num_stages=1):
         shown = load_allowed(allowed_ptr, batch, keys, first + at, first + at < keys, KEYS)
-        k = _read_part(whole_k, k_ptr, k_steps, allowed_ptr, batch, head, first, keys, KEYS, D, BLOCK_D, BM, UNIT)
-        v = _read_part(whole_v, v_ptr, v_steps, allowed_ptr, batch, head, first, keys, KEYS, DV, BLOCK_DV, BM, UNIT)
-        k, v = k.to(tl.float32), v.to(tl.float32)
+        k = gather_rows(k_ptr, k_steps, batch, head, first + at, shown, True, D, BLOCK_D).to(tl.float32)
+        v = gather_rows(v_ptr, v_steps, batch, head, first + at, shown, True, DV, BLOCK_DV).to(tl.float32)
         total_k, square_k = total_k + tl.sum(k, 0), square_k + tl.sum(k * k, 0)
         total_v, square_v = total_v + tl.sum(v, 0), square_v + tl.sum(v * v, 0)
         count += tl.sum(shown.to(tl.float32), 0)
     of_k = _factor(total_k, square_k, count, D)
     of_v = _factor(total_v, square_v, count, DV)
 
-    # Centres are columns: then both products of a round have enough rows for the largest matrix instructions.
     group = tl.arange(0, LEAST_ROWS)
     exists = group < CLUSTERS
-    seed = start + (2 * group + 1) * UNIT // (2 * CLUSTERS)
+    seed = block * UNIT + (2 * group + 1) * UNIT // (2 * CLUSTERS)
     seeded = load_allowed(allowed_ptr, batch, keys, seed, exists, KEYS)
-    centre_k = gather_rows(k_ptr, k_steps, batch, head, seed, seeded, True, D, BLOCK_D).T
-    centre_v = gather_rows(v_ptr, v_steps, batch, head, seed, seeded, True, DV, BLOCK_DV).T
+    centre_k = gather_rows(k_ptr, k_steps, batch, head, seed, seeded, True, D, BLOCK_D)
+    centre_v = gather_rows(v_ptr, v_steps, batch, head, seed, seeded, True, DV, BLOCK_DV)
     size = tl.zeros((LEAST_ROWS,), tl.float32)
-    members = member_ptr + bh.to(tl.int64) * blocks * UNIT
     for step in tl.range(0, ROUNDS, num_stages=1):
-        sums_k = tl.zeros((BLOCK_D, LEAST_ROWS), tl.float32)
-        sums_v = tl.zeros((BLOCK_DV, LEAST_ROWS), tl.float32)
+        sums_k = tl.zeros((LEAST_ROWS, BLOCK_D), tl.float32)
+        sums_v = tl.zeros((LEAST_ROWS, BLOCK_DV), tl.float32)
         size = tl.zeros((LEAST_ROWS,), tl.float32)
-        for first in tl.range(start, start + UNIT, BM, num_stages=1):
+        for first in tl.range(block * UNIT, block * UNIT + UNIT, BM, num_stages=1):
             shown = load_allowed(allowed_ptr, batch, keys, first + at, first + at < keys, KEYS)
-            k = _read_part(whole_k, k_ptr, k_steps, allowed_ptr, batch, head, first, keys, KEYS, D, BLOCK_D, BM, UNIT)
-            v = _read_part(whole_v, v_ptr, v_steps, allowed_ptr, batch, head, first, keys, KEYS, DV, BLOCK_DV, BM, UNIT)
-            nearest = _nearest(k, v, centre_k, centre_v, of_k, of_v, CLUSTERS)
-            member = (nearest[:, None] == group[None, :]) & shown[:, None]
-            sums_k = tl.dot(k.T, member.to(k.dtype), sums_k, input_precision="ieee")
-            sums_v = tl.dot(v.T, member.to(v.dtype), sums_v, input_precision="ieee")
-            size += tl.sum(member.to(tl.float32), 0)
+            k = gather_rows(k_ptr, k_steps, batch, head, first + at, shown, True, D, BLOCK_D)
+            v = gather_rows(v_ptr, v_steps, batch, head, first + at, shown, True, DV, BLOCK_DV)
+            nearest, member = _members(k, v, centre_k, centre_v, of_k, of_v, shown, CLUSTERS)
+            sums_k = tl.dot(member.to(k.dtype), k, sums_k, input_precision="ieee")
+            sums_v = tl.dot(member.to(v.dtype), v, sums_v, input_precision="ieee")
+            size += tl.sum(member.to(tl.float32), 1)
             if step == ROUNDS - 1:
-                tl.store(members + first + at, nearest.to(tl.uint8))
-                counts = tl.sum(member.to(tl.int32).reshape(BM // RUN, RUN, LEAST_ROWS), 1)
+                place = bh.to(tl.int64) * blocks * UNIT + first + at
+                tl.store(member_ptr + place, nearest.to(tl.uint8))
+                of_group = (nearest[:, None] == group[None, :]) & shown[:, None]
+                counts = tl.sum(of_group.to(tl.int32).reshape(BM // RUN, RUN, LEAST_ROWS), 1)
                 run = bh.to(tl.int64) * blocks * (UNIT // RUN) + first // RUN + tl.arange(0, BM // RUN)
                 to = counts_ptr + run[:, None] * CLUSTERS + group[None, :]
                 tl.store(to, counts.to(tl.uint8), mask=(run >= 0)[:, None] & exists[None, :])
-        divisor = tl.maximum(size, 1.0)[None, :]
-        # After the last round, the means are of its groups, empty ones too.
-        moved = (size > 0.0)[None, :] | (step == ROUNDS - 1)
-        centre_k = tl.where(moved, (sums_k / divisor).to(centre_k.dtype), centre_k)
-        centre_v = tl.where(moved, (sums_v / divisor).to(centre_v.dtype), centre_v)
+        moved = (size > 0.0)[:, None]
+        divisor = tl.maximum(size, 1.0)[:, None]
+        keep = moved & (step < ROUNDS - 1)  # after the last round, the means are of its groups, empty ones too
+        centre_k = tl.where(keep | (step == ROUNDS - 1), (sums_k / divisor).to(centre_k.dtype), centre_k)
+        centre_v = tl.where(keep | (step == ROUNDS - 1), (sums_v / divisor).to(centre_v.dtype), centre_v)
 
     tl.debug_barrier()  # the members that are read below were written by other threads
-    sums = _squares_apart(
-        k_ptr, k_steps, allowed_ptr, batch, head, start, keys, members, centre_k, variance_ptr.dtype.element_ty,
-        UNIT, KEYS, D, BLOCK_D, BN,
-    )  # fmt: skip
-    variance = (sums / tl.maximum(size, 1.0)[None, :]).to(variance_ptr.dtype.element_ty)
+    sums = tl.zeros((LEAST_ROWS, BLOCK_D), tl.float32)
+    for first in tl.range(block * UNIT, block * UNIT + UNIT, BM, num_stages=1):
+        shown = load_allowed(allowed_ptr, batch, keys, first + at, first + at < keys, KEYS)
+        k = gather_rows(k_ptr, k_steps, batch, head, first + at, shown, True, D, BLOCK_D)
+        nearest = tl.load(member_ptr + bh.to(tl.int64) * blocks * UNIT + first + at).to(tl.int32)
+        of_group = (nearest[:, None] == group[None, :]) & shown[:, None]
+        apart = k.to(tl.float32) - tl.dot(of_group.to(k.dtype), centre_k, input_precision="ieee")
+        square = (apart * apart).to(variance_ptr.dtype.element_ty)
+        member = (group[:, None] == nearest[None, :]) & shown[None, :]
+        sums = tl.dot(member.to(square.dtype), square, sums, input_precision="ieee")
+    variance = (sums / tl.maximum(size, 1.0)[:, None]).to(variance_ptr.dtype.element_ty)
     number = (bh.to(tl.int64) * blocks + block) * CLUSTERS + group
     column = tl.arange(0, BLOCK_D)
-    keep = (column < D)[:, None] & exists[None, :]
-    tl.store(mean_k_ptr + number[None, :] * D + column[:, None], centre_k, mask=keep)
-    tl.store(variance_ptr + number[None, :] * D + column[:, None], variance, mask=keep)
+    keep = exists[:, None] & (column < D)[None, :]
+    tl.store(mean_k_ptr + number[:, None] * D + column, centre_k, mask=keep)
+    tl.store(variance_ptr + number[:, None] * D + column, variance, mask=keep)
     column = tl.arange(0, BLOCK_DV)
-    keep = (column < DV)[:, None] & exists[None, :]
-    tl.store(mean_v_ptr + number[None, :] * DV + column[:, None], centre_v, mask=keep)
+    tl.store(mean_v_ptr + number[:, None] * DV + column, centre_v, mask=exists[:, None] & (column < DV)[None, :])
     tl.store(size_ptr + number, size.to(tl.int32), mask=exists)
 
 
 def _configs(dtype: torch.dtype, width: int, geometry: Geometry) -> list[Config]:
-    """Ways to run the kernel: keys of a block at a time, whole runs, and the same when variances are made."""
-    least = max(16, geometry.run)
-    if dtype == torch.float32 or width > 128:
-        rows = max(least, min(32, geometry.block))
-        return [Config(rows, rows, 8, 1), Config(least, least, 4, 1)]
-    rows = min(128, geometry.block)
-    return [Config(geometry.block, min(64, geometry.block), 8, 1), Config(rows, rows, 8, 1), Config(least, least, 4, 1)]
+    """Ways to run the kernel: how many keys of a block at a time, whole runs."""
+    rows = min(128 if width <= 128 and dtype != torch.float32 else 32, geometry.block)
+    return [Config(max(rows, geometry.run), 0, 8, 1), Config(max(16, geometry.run), 0, 4, 1)]
 
 
 def group_keys(k: Tensor, v: Tensor, padding: Padding, geometry: Geometry) -> GroupTable:

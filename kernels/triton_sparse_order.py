@@ -35,8 +35,8 @@ from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling, steps_of
 
 # Least and most runs that one program sorts at a time.
 _LEAST_SORTED, _SORTED = 64, 1024
-# Rows of the products of representatives and keys: below that, tensor cores wait for their operands.
-_ROWS = 128
+# Exact products hold all of their operands in shared memory: wide heads leave room for few representatives.
+_FEW = [Config(64, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 4, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,26 +76,38 @@ class Ranking:
     arguments: dict[str, Any]
 
 
-def _masses_configs(k: Tensor, rows: int) -> list[Config]:
-    """Ways to run the kernel of masses, fastest first: representatives, and groups at a time."""
-    if k.dtype == torch.float32 or rows > _ROWS:
-        return [Config(rows, 32, 8, 2), Config(rows, 16, 8, 1)]
-    if k.shape[3] <= 128:
-        return [Config(rows, 64, 8, 2), Config(rows, 64, 8, 1)]
-    return [Config(rows, 64, 8, 2), Config(rows, 32, 8, 1)]
+def masses_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
+    """Ways to run the kernel of masses, fastest first: representatives, a multiple of a tile's, and groups at a time.
+
+    Args:
+        dtype: of q and k.
+        width: of their heads.
+        means: representatives of a tile, a power of two.
+    """
+    if dtype == torch.float32:
+        return _for_rows(means, [Config(128, 32, 8, 2), Config(128, 16, 8, 1), *_FEW])
+    if width <= 128:
+        return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 64, 8, 1), Config(64, 32, 4, 1)])
+    return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 1)])
 
 
-def _scores_configs(k: Tensor, rows: int) -> list[Config]:
+def scores_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
     """The same for the kernel of scores: representatives, and keys at a time.
 
     Between its products lie exponentials: a multiprocessor is busy only with two programs, of 128 registers a thread
     and half of a Hopper's shared memory.
     """
-    if k.dtype == torch.float32:
-        return [Config(rows, 32, 8, 2), Config(rows, 16, 8, 1)]
-    if k.shape[3] <= 128:
-        return [Config(rows, 128, 8, 2, registers=128), Config(rows, 64, 4, 2), Config(rows, 32, 4, 1)]
-    return [Config(rows, 64, 8, 2), Config(rows, 32, 8, 1)]
+    if dtype == torch.float32:
+        return _for_rows(means, [Config(128, 32, 8, 2), Config(128, 16, 8, 1), *_FEW])
+    if width <= 128:
+        most = [Config(128, 128, 8, 2, registers=128), Config(128, 64, 4, 2), Config(128, 32, 4, 1)]
+        return _for_rows(means, most)
+    return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 1)])
+
+
+def _for_rows(means: int, configs: list[Config]) -> list[Config]:
+    """Those configs that take whole tiles of `means` representatives."""
+    return [config for config in configs if config.rows % means == 0]
 
 
 def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, groups: GroupTable) -> Ranking:
@@ -113,14 +125,13 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     kv_heads, sub = k.shape[1], tiling.geometry.sub_means
     group = heads // kv_heads
     means_count = triton.next_power_of_2(group * sub)
-    grouped = max(1, _ROWS // means_count)
     rows = batch * kv_heads
     means = torch.empty((rows, tiling.count, means_count, width), dtype=q.dtype, device=q.device)
     shift = torch.empty((rows, tiling.count, means_count), dtype=torch.float32, device=q.device)
     shared = {
         "means_ptr": means, "shift_ptr": shift, "heads": heads, "group": group, "tiles": tiling.count,
         "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
-        "MEANS": means_count, "GROUPED": grouped, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "MEANS": means_count, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "blocks": tiling.keys // tiling.geometry.block, **tiling.arguments(), **padding.arguments(),
         **groups.arguments(),
     }  # fmt: skip
@@ -129,8 +140,9 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
         lambda _: {**shared, "q_ptr": q, "q_steps": steps_of(q)},
     )  # fmt: skip
     launch(
-        scoring.masses_kernel, _masses_configs(k, means_count * grouped),
-        lambda _: rows * triton.cdiv(tiling.count, grouped), lambda _: shared,
+        scoring.masses_kernel, masses_configs(k.dtype, width, means_count),
+        lambda config: rows * triton.cdiv(tiling.count, config.rows // means_count),
+        lambda config: {**shared, "GROUPED": config.rows // means_count},
     )  # fmt: skip
     return Ranking(means, shift, shared)
 
@@ -185,13 +197,14 @@ def order(
         "bundle_of_ptr": bundle_of, "kept_ptr": kept, "numerator": density.numerator,
         "denominator": density.denominator, "BUNDLE": geometry.bundle,
     }  # fmt: skip
-    grouped = ranking.arguments["GROUPED"]
+    means = ranking.arguments["MEANS"]
     spans = triton.cdiv(room * geometry.run, geometry.block * (scoring.SPAN_GROUPS.value // geometry.clusters))
-    configs = _scores_configs(k, ranking.arguments["MEANS"] * grouped)
+    configs = scores_configs(k.dtype, k.shape[3], means)
     launch(
-        scoring.scores_kernel, [dataclasses.replace(x, keys=min(x.keys, geometry.block)) for x in configs],
-        lambda _: batch * kv_heads * triton.cdiv(count, grouped) * spans,
-        lambda config: {**shared, "k_tiles": tiles_of(k, config.keys)},
+        scoring.scores_kernel,
+        [dataclasses.replace(x, keys=max(geometry.run, min(x.keys, geometry.block))) for x in configs],
+        lambda config: batch * kv_heads * triton.cdiv(count, config.rows // means) * spans,
+        lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(k, config.keys)},
     )  # fmt: skip
     launch(sorting.histogram_kernel, [Config(0, 0, 4, 1)], lambda _: rows * segments, lambda _: shared)
     launch(sorting.offsets_kernel, [Config(0, 0, 4, 1)], lambda _: rows, lambda _: shared)

@@ -140,10 +140,30 @@ def check_repeats() -> None:
     assert all(torch.equal(a, b) for a, b in zip((*first[:2], *first[2]), (*second[:2], *second[2]), strict=True))
 
 
+def check_stray_addresses() -> None:
+    """`checked_addresses` lets a kernel read and write its tensors, and nothing one element beyond either end."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def move(x_ptr, y_ptr, read, write):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, 16)
+        tl.store(y_ptr + write + at, tl.load(x_ptr + read + at))
+
+    whole = torch.arange(64.0)
+    x, y = whole[:40], whole[40:].new_zeros(16)
+    move[(1,)](x, y, 24, 0)
+    assert torch.equal(y, x[24:])
+    for read, write, what in ((25, 0, r"load of bytes \[100, 164\) of 160"), (0, 1, "store"), (0, -1, "store")):
+        with pytest.raises(Exception, match=what):
+            move[(1,)](x, y, read, write)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     **{name: (lambda make=make: check(make())) for name, make in CASES.items()},
     "dropout": check_dropout,
     "bitwise repeatable": check_repeats,
+    "addresses beyond tensors": check_stray_addresses,
 }
 
 

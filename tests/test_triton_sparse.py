@@ -42,6 +42,14 @@ CASES: dict[str, dict[str, Any]] = {
         "heads": (4, 1), "widths": (40, 72), "budgets": (0.5,), "lengths": (60, 300), "layout": "every_other",
     },
     "float32": {"dtype": torch.float32, "max_density": 0.4},
+    "float32, runs longer than a step": {
+        "dtype": torch.float32, "geometry": Geometry(bundle=64, sink=64, block=64, run=64), "lengths": (20, 330),
+        "max_density": 0.5,
+    },
+    "float32, all representatives of few tiles": {
+        "dtype": torch.float32, "widths": (144, 16), "heads": (16, 1), "lengths": (20, 330), "max_density": 0.4,
+        "geometry": Geometry(bundle=64, sink=64, block=64, tile=32),
+    },
     "blocks of 16": {
         "geometry": Geometry(tile=32, sink=16, bundle=64, sub_means=4, run=4, block=16, clusters=2),
         "lengths": (70, 170), "max_density": 0.5,
@@ -221,6 +229,24 @@ def test_ranges_cover_all_tiles_and_fit_the_workspace() -> None:
                 assert count == 1 or 8 * count * triton_sparse_order.row_bytes(tiling, first, count, density) <= most
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_products_of_scores_take_whole_tiles_and_little_memory(dtype: torch.dtype) -> None:
+    """The last configuration fits a Hopper: exact products hold every operand in shared memory, in float32."""
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import triton_sparse_order as ordering
+    from s2o_inductor.kernels.launching import block_width
+
+    for make, width in itertools.product((ordering.masses_configs, ordering.scores_configs), (16, 64, 128, 192, 256)):
+        most = 64 if dtype == torch.float32 and width > 128 else 128
+        for means in (1 << n for n in range(most.bit_length())):
+            configs = make(dtype, width, means)
+            assert configs and all(config.rows % means == 0 for config in configs)
+            last = configs[-1]
+            # Representatives, their squares and the means and variances of 32 groups, or of BN.
+            numbers = 2 * (last.rows + max(32, last.keys)) * block_width(width)
+            assert numbers * dtype.itemsize <= 232_448 - 32 * 1024, (make.__name__, width, means, last)
+
+
 def problem_with(**fields: Any) -> SparseProblem:
     return dataclasses.replace(sparse_problem(lengths=(20, 30)), **fields)
 
@@ -242,6 +268,8 @@ def problem_with(**fields: Any) -> SparseProblem:
         ({"geometry": Geometry(bundle=104)}, "multiple of 64 keys; got 104"),
         ({"v": torch.zeros(1, 1, 30, 300, dtype=torch.float16)}, "wider than 256: 300"),
         ({"q": torch.zeros(1, 65, 20, 16, dtype=torch.float16)}, "65 query heads of a key/value head"),
+        ({"q": torch.zeros(1, 24, 20, 192), "k": torch.zeros(1, 1, 30, 192), "v": torch.zeros(1, 1, 30, 16)},
+         "24 query heads of a key/value head times 4 sub-means are over 64 for float32 heads wider than 128"),
         ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
         ({"geometry": Geometry(clusters=0)}, "clusters must be at least 1 here; got 0"),
         ({"geometry": Geometry(block=512, sink=0)}, "from 16 to 256 keys; got 8 and 512"),
