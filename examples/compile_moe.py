@@ -27,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from s2o_inductor.kernels import (
     cuda_moe,
     launching,
+    triton_moe_addresses,
     triton_moe_backward,
     triton_moe_first,
     triton_moe_plan,
     triton_moe_second,
 )
 from s2o_inductor.kernels.launching import Config
-from s2o_inductor.kernels.moe_cpu import Experts, Gradients
+from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
 from s2o_inductor.moe_spec import ExpertSpec
 
-_LAUNCHERS = (triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward)
+_LAUNCHERS = (triton_moe_addresses, triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Shape:
         tokens, choices, experts, width, inner: T, K, E, l and I.
         spec: of `s2o_inductor.moe_spec`.
         training: with the first product kept, and the backward pass to every operand.
+        separate: whether each expert has tensors of its own.
         processors, room: of the device, see `cuda_moe.Facts`.
         capability: of the device, 90 for Hopper.
     """
@@ -61,6 +63,7 @@ class Shape:
     processors: int
     room: int
     capability: int
+    separate: bool = False
 
     @property
     def facts(self) -> cuda_moe.Facts:
@@ -102,17 +105,21 @@ def whole_call(shape: Shape) -> None:
     def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(sizes, dtype=dtype)
 
-    columns = shape.spec.halves * shape.inner
-    w1, w2 = empty(shape.experts, columns, shape.width), empty(shape.experts, shape.width, shape.inner)
+    def weights(*sizes: int) -> PerExpert:
+        return [empty(*sizes) for _ in range(shape.experts)] if shape.separate else empty(shape.experts, *sizes)
+
+    def first_and_second() -> tuple[PerExpert, PerExpert]:
+        return weights(shape.spec.halves * shape.inner, shape.width), weights(shape.width, shape.inner)
+
     z = empty(shape.tokens, shape.width)
     ids = torch.zeros(shape.tokens, shape.choices, dtype=torch.int64)
     p = empty(shape.tokens, shape.choices, dtype=torch.float32)
-    experts = Experts.of(shape.spec, w1, w2, None, None, None)
+    experts = Experts.of(shape.spec, *first_and_second(), None, None, None)
     _, kept = cuda_moe.forward(experts, z, ids, p, shape.training)
     if shape.training:
-        like = torch.empty_like
-        into = Gradients(like(z), (like(w1),), like(w2), None, None, like(p))
-        cuda_moe.backward(experts, like(z), z, ids, p, kept, into)
+        first, second = first_and_second()
+        into = Gradients(torch.empty_like(z), (first,), second, None, None, torch.empty_like(p))
+        cuda_moe.backward(experts, torch.empty_like(z), z, ids, p, kept, into)
 
 
 @functools.lru_cache(maxsize=4)
@@ -161,7 +168,7 @@ def compile_one(walk: Walk, index: int) -> dict[str, Any]:
     """Compiles a launch of a walk, in the first way that the device has room for, and the code that launches it.
 
     Returns:
-        The kernel's name, its config, the shared memory it takes in bytes, and seconds.
+        The kernel's name, its config, the shared memory it takes in bytes, its PTX, and seconds.
     """
     start, shape = time.time(), walk[1]
     triton.runtime.driver.set_active(_NoDriver(shape.capability))
@@ -176,7 +183,7 @@ def compile_one(walk: Walk, index: int) -> dict[str, Any]:
         CudaLauncher(compiled.src, compiled.metadata)
     return {
         "kernel": launch[0].__name__, "config": dataclasses.astuple(config), "shared": compiled.metadata.shared,
-        "seconds": time.time() - start,
+        "ptx": compiled.asm["ptx"], "seconds": time.time() - start,
     }  # fmt: skip
 
 

@@ -7,8 +7,10 @@ it is many, that the tensor cores never wait.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from s2o_inductor.kernels import triton_moe_backward, triton_moe_first, triton_moe_second
 from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
+from s2o_inductor.kernels.triton_moe_addresses import Matrices, addresses_of, matrices
 from s2o_inductor.kernels.triton_moe_backward import Rows
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import Tile, rows_like
@@ -144,71 +147,75 @@ def outer_tiles(facts: Facts, m: int, n: int) -> list[Tile]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked:
-    """`moe_cpu.Experts` whose weights are one tensor for all experts, as the kernels read them."""
+class Operands:
+    """`moe_cpu.Experts` as the kernels read them: weights of all experts as one tensor, or as a table of addresses."""
 
     spec: ExpertSpec
-    w1: tuple[Tensor, ...]
-    w2: Tensor
+    w1: tuple[Matrices, ...]
+    w2: Matrices
     b1: Tensor | None
     b2: Tensor | None
     columns: int
 
-    @staticmethod
-    def of(experts: Experts) -> Stacked:
-        """Raises NotImplementedError where each expert has tensors of its own."""
-        weights = (*experts.w1, experts.w2, experts.b1, experts.b2)
-        found = [x for x in weights if x is None or isinstance(x, Tensor)]
-        if len(found) < len(weights):
-            raise NotImplementedError("experts on CUDA need their weights in one tensor; got one tensor per expert")
-        *first, second, b1, b2 = found
-        assert second is not None
-        return Stacked(experts.spec, tuple(w for w in first if w is not None), second, b1, b2, experts.columns)
+    @classmethod
+    def of(cls, experts: Experts) -> Operands:
+        """Biases of separate experts are stacked: to copy a row takes no time beside the matrix that goes with it."""
+        *first, second = matrices((*experts.w1, experts.w2))
+        b1, b2 = (
+            x if x is None or isinstance(x, Tensor) else torch.stack(list(x)) for x in (experts.b1, experts.b2)
+        )  # fmt: skip
+        return cls(experts.spec, tuple(first), second, b1, b2, experts.columns)
 
 
 def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """`moe_cpu.forward`; what is kept of choices without an expert is undefined, and never read.
 
     Args:
-        experts: weights (E, ..., l), float16, bfloat16 or float32, any strides.
+        experts: weights (E, ..., l), float16, bfloat16 or float32, any strides; or a list of one tensor per expert,
+            read where they lie if they all have one stride, and rows start at multiples of 16 bytes.
         z: (T, l).
         ids: (T, K).
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
-    stacked = Stacked.of(experts)
-    kept = torch.empty((ids.numel() if keep else 0, stacked.columns), dtype=z.dtype, device=z.device)
+    kept = torch.empty((ids.numel() if keep else 0, experts.columns), dtype=z.dtype, device=z.device)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_(), kept
     with torch.cuda.device_of(z):
-        facts = facts_of(stacked, z, ids)
-        spec, pairs, width = stacked.spec, ids.numel(), z.shape[1]
-        inner = stacked.w2.shape[2]
+        operands = Operands.of(experts)
+        facts = facts_of(operands, z, ids)
+        spec, pairs, width = operands.spec, ids.numel(), z.shape[1]
+        inner = operands.w2.shape[2]
         plan = Plan.of(ids, facts.experts, facts.height)
         z, weights = _unit_rows(z), p.reshape(-1).contiguous()
         h = rows_like(z, pairs, inner)
-        _first(stacked, z, plan, weights, kept if keep else None, h, facts)
+        _first(operands, z, plan, weights, kept if keep else None, h, facts)
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
         y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
-        triton_moe_second.second([h], [stacked.w2], stacked.b2, plan, y, second_tiles(facts, width))
+        triton_moe_second.second([h], [operands.w2], operands.b2, plan, y, second_tiles(facts, width))
         triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
     return out, kept
 
 
 def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
-    """`moe_cpu.backward`; `into` holds contiguous tensors, or views of such with the last two dimensions swapped."""
+    """`moe_cpu.backward`; `into` holds contiguous tensors, or views of such with the last two dimensions swapped.
+
+    Where each expert has tensors of its own, so may its gradients.
+    """
     if ids.numel() == 0 or z.numel() == 0:
         for gradient in (into.z, *into.w1, into.w2, into.b1, into.b2, into.p):
-            if gradient is not None:
-                _one(gradient).zero_()
+            for x in (gradient,) if isinstance(gradient, Tensor) else gradient or ():
+                x.zero_()
         return
     with torch.cuda.device_of(z):
-        _backward(Stacked.of(experts), _unit_rows(grad), _unit_rows(z), ids, p, kept, into)
+        _backward(Operands.of(experts), _unit_rows(grad), _unit_rows(z), ids, p, kept, into)
 
 
-def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients) -> None:
+def _backward(
+    experts: Operands, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, kept: Tensor, into: Gradients
+) -> None:
     facts, spec, pairs = facts_of(experts, z, ids), experts.spec, ids.numel()
     inner, width = experts.w2.shape[2], z.shape[1]
     plan = Plan.of(ids, facts.experts, facts.height)
@@ -229,7 +236,7 @@ def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
     share = _share(pairs, inner, tiles[0], z)
     triton_moe_backward.hidden_backward(spec, du, experts.w2, plan, weights, kept, dpre, up_at, h, share, tiles)
     if into.w2 is not None and h is not None:
-        _outer(du, Rows(h), plan, _one(into.w2), facts)
+        _outer(du, Rows(h), plan, into.w2, facts)
     del du, h
     if into.z is not None or (scored and into.p is not None):
         y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
@@ -252,23 +259,30 @@ def _backward(experts: Stacked, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor,
         entered = _rows(z, plan, weights if scored else None, facts)
         for gradient, part in zip(into.w1, parts, strict=True):
             if gradient is not None:
-                _outer(Rows(part), entered, plan, _one(gradient), facts)
+                _outer(Rows(part), entered, plan, gradient, facts)
     if into.b1 is not None:
-        for index, part in enumerate(parts):
-            triton_moe_backward.sums(Rows(part), plan, _one(into.b1)[:, index * inner :][:, : part.shape[1]])
+        with _rows_of(into.b1) as out:
+            for index, part in enumerate(parts):
+                triton_moe_backward.sums(Rows(part), plan, out[:, index * inner :][:, : part.shape[1]])
     if into.b2 is not None:
         rows = Rows(grad, by_token=True, weight=weights if spec.score == "output" else None)
-        triton_moe_backward.sums(rows, plan, _one(into.b2))
+        with _rows_of(into.b2) as out:
+            triton_moe_backward.sums(rows, plan, out)
 
 
-def _one(gradient: PerExpert) -> Tensor:
-    """A gradient of stacked weights, which is one tensor."""
-    assert isinstance(gradient, Tensor)
-    return gradient
+@contextlib.contextmanager
+def _rows_of(vectors: PerExpert) -> Iterator[Tensor]:
+    """The vectors of all experts as rows (E, n) to fill; what is filled in goes to each."""
+    if isinstance(vectors, Tensor):
+        yield vectors
+        return
+    rows = torch.empty((len(vectors), *vectors[0].shape), dtype=vectors[0].dtype, device=vectors[0].device)
+    yield rows
+    torch._foreach_copy_(list(vectors), list(rows.unbind()))
 
 
 def _first(
-    experts: Stacked, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
+    experts: Operands, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
 ) -> None:
     """The first product and the hidden rows, where wanted."""
     tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
@@ -282,8 +296,9 @@ def _rows(x: Tensor, plan: Plan, weight: Tensor | None, facts: Facts) -> Rows:
     return Rows(x, by_token=True, weight=weight)
 
 
-def _outer(left: Rows, right: Rows, plan: Plan, out: Tensor, facts: Facts) -> None:
-    """Fills out (E, m, n), whose last dimension or last but one is contiguous."""
+def _outer(left: Rows, right: Rows, plan: Plan, into: PerExpert, facts: Facts) -> None:
+    """Fills `into` (E, m, n), whose last dimension or last but one is contiguous."""
+    out = into if isinstance(into, Tensor) else addresses_of(into)
     if not out.is_contiguous():
         left, right, out = right, left, out.mT
     triton_moe_backward.outer(left, right, plan, out, outer_tiles(facts, *out.shape[1:]), facts.processors)
@@ -294,7 +309,7 @@ def _share(pairs: int, width: int, tile: Tile, like: Tensor) -> Tensor:
     return torch.empty((pairs, triton.cdiv(width, tile.keys)), dtype=torch.float32, device=like.device)
 
 
-def facts_of(experts: Stacked, z: Tensor, ids: Tensor) -> Facts:
+def facts_of(experts: Operands, z: Tensor, ids: Tensor) -> Facts:
     """Raises NotImplementedError where no kernel takes the dtype."""
     if z.dtype not in DTYPES:
         raise NotImplementedError(

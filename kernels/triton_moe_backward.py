@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, address_of
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     ALTERNATING,
@@ -39,6 +40,7 @@ from s2o_inductor.kernels.triton_moe_tiles import (
     plain_backward,
     rows_in_tiles,
     scaled,
+    weights_of,
 )
 from s2o_inductor.moe_spec import ExpertSpec
 
@@ -113,12 +115,13 @@ def _hidden_kernel(
         rows = grad_ptr + (pair // CHOICES).to(tl.int64) * grad_steps[0]
         column = block * BN
         dh = tl.zeros((BM, BN), tl.float32)
+        source = weights_of(w, w_steps, expert, LAYOUT, grad_ptr.dtype.element_ty)
         for depth in tl.range(0, WIDTH, BK):
             if GATHERED:
                 du = du_tiles.load([first, depth])
             else:
                 du = load_rows(rows, depth, inside, False, WIDTH, BK)
-            weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
+            weights = load_weights(source, w_steps, expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
             dh = tl.dot(du, weights, dh, input_precision="ieee")
 
         numbers = (tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), tl.cast(shift, tl.float32))
@@ -152,14 +155,15 @@ def _rows_of(pointer, steps, order_ptr, row, inside, CHOICES: tl.constexpr, GATH
 def _outer_kernel(
     left_ptr, left_steps, right_ptr, right_steps, order_ptr, firsts_ptr, p_ptr, out_ptr, CHOICES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LEFT_GATHERED: tl.constexpr, RIGHT_GATHERED: tl.constexpr,
-    LEFT_SCALED: tl.constexpr, RIGHT_SCALED: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    LEFT_SCALED: tl.constexpr, RIGHT_SCALED: tl.constexpr, ADDRESSED: tl.constexpr, BLOCKS: tl.constexpr,
+    BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out[expert] (LEFT, RIGHT) = left^T right over the rows of an expert: up to BLOCKS blocks of BM by BN, in turn.
 
     An expert's rows make a short sum, so the sums of a program are one loop, whose pipeline fetches across
-    their borders.
+    their borders. With ADDRESSED, `out_ptr` is a table of where the matrix of each expert begins.
     """
+    kind = left_ptr.dtype.element_ty
     rights = tl.cdiv(RIGHT, BN)
     blocks = tl.cdiv(LEFT, BM) * rights
     programs = tl.cdiv(blocks, BLOCKS)
@@ -169,6 +173,9 @@ def _outer_kernel(
     end = tl.load(firsts_ptr + expert + 1)
     steps = tl.maximum(tl.cdiv(end - begin, BK), 1)  # one without rows where there are none: it stores zeros
     acc = tl.zeros((BM, BN), tl.float32)
+    out = out_ptr
+    if ADDRESSED:
+        out = address_of(out_ptr, expert, kind)
     for number in tl.range(0, tl.minimum(BLOCKS, blocks - first) * steps):
         block = first + number // steps
         step = number % steps
@@ -189,8 +196,13 @@ def _outer_kernel(
         if step == steps - 1:
             i = left_at + tl.arange(0, BM)
             j = right_at + tl.arange(0, BN)
-            here = out_ptr + (expert.to(tl.int64) * LEFT + i)[:, None] * RIGHT + j[None, :]
-            tl.store(here, acc.to(out_ptr.dtype.element_ty), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])
+            rows = i.to(tl.int64)
+            if not ADDRESSED:
+                rows = expert.to(tl.int64) * LEFT + i
+            here = out + rows[:, None] * RIGHT + j[None, :]
+            if ADDRESSED and RIGHT * kind.primitive_bitwidth % 128 == 0:
+                here = tl.multiple_of(here, (16, 16))  # bytes; see `Addresses`
+            tl.store(here, acc.to(kind), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])
             acc = tl.zeros((BM, BN), tl.float32)
 
 
@@ -262,7 +274,7 @@ class Rows:
 
 
 def hidden_backward(
-    spec: ExpertSpec, grad: Rows, w2: Tensor, plan: Plan, p: Tensor, pre: Tensor, dpre: Tensor, up_at: int,
+    spec: ExpertSpec, grad: Rows, w2: Matrices, plan: Plan, p: Tensor, pre: Tensor, dpre: Tensor, up_at: int,
     h: Tensor | None, share: Tensor | None, configs: Sequence[Tile],
 ) -> None:  # fmt: skip
     """Fills dpre, and where wanted h times its routing weight and the shares of the gradient of p.
@@ -270,7 +282,7 @@ def hidden_backward(
     Args:
         spec: the formula of an expert.
         grad: of the outputs, by token, or made by `rows_like` in the order of the plan; without a weight.
-        w2: (E, l, I), any strides.
+        w2: (E, l, I), any strides; a tensor or a table of addresses.
         plan: of the call.
         p: (T * K), contiguous.
         pre: (T * K, halves * I), contiguous, the first product.
@@ -302,7 +314,7 @@ def hidden_backward(
 
 
 def outer(
-    left: Rows, right: Rows, plan: Plan, out: Tensor, configs: Sequence[Tile], processors: int,
+    left: Rows, right: Rows, plan: Plan, out: Matrices, configs: Sequence[Tile], processors: int,
 ) -> None:  # fmt: skip
     """Fills out (E, m, n), contiguous: left (rows, m) transposed times right (rows, n), over each expert's rows.
 
@@ -321,7 +333,8 @@ def outer(
         return {
             "left_ptr": left.x, "left_steps": left.x.stride()[:1], "right_ptr": right.x,
             "right_steps": right.x.stride()[:1], "order_ptr": plan.order, "firsts_ptr": plan.firsts, "p_ptr": weight,
-            "out_ptr": out, "CHOICES": plan.choices, "LEFT": m, "RIGHT": n, "LEFT_GATHERED": left.by_token,
+            "out_ptr": out.table if isinstance(out, Addresses) else out, "ADDRESSED": isinstance(out, Addresses),
+            "CHOICES": plan.choices, "LEFT": m, "RIGHT": n, "LEFT_GATHERED": left.by_token,
             "RIGHT_GATHERED": right.by_token, "LEFT_SCALED": left.weight is not None,
             "RIGHT_SCALED": right.weight is not None, "BLOCKS": blocks(config)[1], "BK": config.depth,
         }  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     ALTERNATING,
@@ -40,6 +41,7 @@ from s2o_inductor.kernels.triton_moe_tiles import (
     rows_in_tiles,
     rows_like,
     scaled,
+    weights_of,
 )
 from s2o_inductor.moe_spec import ExpertSpec
 
@@ -65,7 +67,7 @@ def _gather_kernel(
 
 @triton.jit
 def _first_tile(
-    number, count, source, order_ptr, tiles_ptr, weights_of, biases, p_ptr, pre_ptr, h_ptr, h_step, numbers,
+    number, count, source, order_ptr, tiles_ptr, all_weights, biases, p_ptr, pre_ptr, h_ptr, h_step, numbers,
     CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, GATE_AT: tl.constexpr, UP_AT: tl.constexpr,
     LAYOUT: tl.constexpr, UP_LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     LIMITED: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, HIDDEN: tl.constexpr,
@@ -73,7 +75,7 @@ def _first_tile(
 ):  # fmt: skip
     """Tile `number` of `_first_kernel`.
 
-    `source` is (z_ptr, its step from row to row, x in tiles), `weights_of` is (w, steps, up, steps), and `biases` is
+    `source` is (z_ptr, its step from row to row, x in tiles), `all_weights` is (w, steps, up, steps), and `biases` is
     (b1_ptr, steps).
     """
     tile, block, _ = place_of(number, tl.cdiv(INNER, BN), 1, count, GROUP)
@@ -92,6 +94,10 @@ def _first_tile(
     WIDE: tl.constexpr = BN if GATE == PLAIN or GATE == SEPARATE else 2 * BN  # noqa: SIM109 - for the compiler
     acc = tl.zeros((BM, WIDE), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
+    kind = source[0].dtype.element_ty
+    main = weights_of(all_weights[0], all_weights[1], expert, LAYOUT, kind)
+    if GATE == SEPARATE:
+        other = weights_of(all_weights[2], all_weights[3], expert, UP_LAYOUT, kind)
     for depth in tl.range(0, WIDTH, BK):
         if GATHERED:
             x = source[2].load([first_row, depth])
@@ -100,16 +106,14 @@ def _first_tile(
             if SCORE == "input":
                 x = scaled(x, weight)
         if GATE == HALVES:
-            w = load_halves(weights_of[0], weights_of[1], expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
+            w = load_halves(main, all_weights[1], expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
         elif GATE == ALTERNATING:
-            w = load_weights(
-                weights_of[0], weights_of[1], expert, 2 * column, depth, LAYOUT, 2 * INNER, WIDTH, WIDE, BK
-            )
+            w = load_weights(main, all_weights[1], expert, 2 * column, depth, LAYOUT, 2 * INNER, WIDTH, WIDE, BK)
         else:
-            w = load_weights(weights_of[0], weights_of[1], expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
+            w = load_weights(main, all_weights[1], expert, column, depth, LAYOUT, INNER, WIDTH, BN, BK)
         acc = tl.dot(x, w, acc, input_precision="ieee")
         if GATE == SEPARATE:
-            w = load_weights(weights_of[2], weights_of[3], expert, column, depth, UP_LAYOUT, INNER, WIDTH, BN, BK)
+            w = load_weights(other, all_weights[3], expert, column, depth, UP_LAYOUT, INNER, WIDTH, BN, BK)
             up = tl.dot(x, w, up, input_precision="ieee")
 
     index = column + tl.arange(0, BN)
@@ -166,20 +170,20 @@ def _first_kernel(
     count = tl.load(tiles_ptr)
     total = count * tl.cdiv(INNER, BN)
     source = (z_ptr, z_steps[0], x_tiles)
-    weights_of = (w, w_steps, up_w, up_steps)
+    all_weights = (w, w_steps, up_w, up_steps)
     biases = (b1_ptr, b1_steps)
     numbers = (tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), tl.cast(shift, tl.float32))
     if SHARED:
         # Flattened, a program's tiles are one loop, whose pipeline fetches across their borders.
         for number in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
             _first_tile(
-                number, count, source, order_ptr, tiles_ptr, weights_of, biases, p_ptr, pre_ptr, h_ptr, h_steps[0],
+                number, count, source, order_ptr, tiles_ptr, all_weights, biases, p_ptr, pre_ptr, h_ptr, h_steps[0],
                 numbers, CHOICES, WIDTH, INNER, GATE_AT, UP_AT, LAYOUT, UP_LAYOUT, ACTIVATION, GATE, LIMITED, SCORE,
                 BIAS, KEEP, HIDDEN, True, GROUP, BK, BM, BN,
             )  # fmt: skip
     elif tl.program_id(0) < total:
         _first_tile(
-            tl.program_id(0), count, source, order_ptr, tiles_ptr, weights_of, biases, p_ptr, pre_ptr, h_ptr,
+            tl.program_id(0), count, source, order_ptr, tiles_ptr, all_weights, biases, p_ptr, pre_ptr, h_ptr,
             h_steps[0], numbers, CHOICES, WIDTH, INNER, GATE_AT, UP_AT, LAYOUT, UP_LAYOUT, ACTIVATION, GATE, LIMITED,
             SCORE, BIAS, KEEP, HIDDEN, False, GROUP, BK, BM, BN,
         )  # fmt: skip
@@ -204,14 +208,14 @@ def gather(z: Tensor, plan: Plan, weight: Tensor | None) -> Tensor:
 
 
 def first(
-    spec: ExpertSpec, w1: Sequence[Tensor], b1: Tensor | None, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None,
+    spec: ExpertSpec, w1: Sequence[Matrices], b1: Tensor | None, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None,
     h: Tensor | None, configs: Sequence[Tile],
 ) -> None:  # fmt: skip
     """Fills h (T * K, I), and the first product `pre` (T * K, halves * I), row by row of the plan, each where wanted.
 
     Args:
         spec: the formula of an expert.
-        w1: (E, halves * I, l), or two of (E, I, l) with gate "separate", any strides.
+        w1: (E, halves * I, l), or two of (E, I, l) with gate "separate", any strides; tensors or tables of addresses.
         b1: (E, halves * I).
         z: (T, l), rows of unit stride.
         plan: of the call.

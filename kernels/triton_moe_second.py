@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     Tile,
@@ -30,6 +31,7 @@ from s2o_inductor.kernels.triton_moe_tiles import (
     load_weights,
     place_of,
     rows_in_tiles,
+    weights_of,
 )
 
 
@@ -57,17 +59,19 @@ def _second_kernel(
         column = block * BN
         EACH: tl.constexpr = (DEPTH + BK * SPLITS - 1) // (BK * SPLITS) * BK
         acc = tl.zeros((BM, BN), tl.float32)
+        source = weights_of(w, w_steps, expert, LAYOUT, a_tiles.dtype)
         if SPLITS == 1:
             for depth in tl.range(0, DEPTH, BK):
-                weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
+                weights = load_weights(source, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
                 acc = tl.dot(a_tiles.load([first, depth]), weights, acc, input_precision="ieee")
         else:
             for depth in tl.range(split * EACH, tl.minimum(split * EACH + EACH, DEPTH), BK):
-                weights = load_weights(w, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
+                weights = load_weights(source, w_steps, expert, column, depth, LAYOUT, OUT, DEPTH, BN, BK)
                 acc = tl.dot(a_tiles.load([first, depth]), weights, acc, input_precision="ieee")
         if TWO:
+            source2 = weights_of(w2, w2_steps, expert, LAYOUT2, a_tiles.dtype)
             for depth in tl.range(0, DEPTH, BK):
-                weights = load_weights(w2, w2_steps, expert, column, depth, LAYOUT2, OUT, DEPTH, BN, BK)
+                weights = load_weights(source2, w2_steps, expert, column, depth, LAYOUT2, OUT, DEPTH, BN, BK)
                 acc = tl.dot(a2_tiles.load([first, depth]), weights, acc, input_precision="ieee")
 
         row = first + tl.arange(0, BM)
@@ -134,14 +138,14 @@ class Scored:
 
 
 def second(
-    a: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, plan: Plan, y: Tensor, configs: Sequence[Tile],
+    a: Sequence[Tensor], w: Sequence[Matrices], bias: Tensor | None, plan: Plan, y: Tensor, configs: Sequence[Tile],
     scored: Scored | None = None,
 ) -> None:  # fmt: skip
     """Fills y (parts, T * K, out), by choice: rows a, in the order of the plan, times their experts' weights w.
 
     Args:
         a: one or two of (T * K, in), made by `rows_like` or a part of one, whose products are added up.
-        w: as many of (E, out, in), any strides.
+        w: as many of (E, out, in), any strides; tensors or tables of addresses.
         bias: (E, out).
         plan: of the call.
         y: contiguous; with several parts each holds the product over a part of `in`.

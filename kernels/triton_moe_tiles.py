@@ -1,7 +1,8 @@
 """What the kernels of routed experts share: tiles of rows, of weights in any layout, and the activation.
 
 Weights are read where they lie, as (E, out, in) views: in tiles that the bulk copy engine of Hopper fetches
-where `in` or `out` has unit stride and rows start at multiples of 16 bytes, else by ordinary loads.
+where `in` or `out` has unit stride and rows start at multiples of 16 bytes, else by ordinary loads. Those of experts
+that are separate tensors are of the latter kind: one tile descriptor holds one address.
 Sizes of weights are constants of a compiled kernel, numbers of tokens are not.
 """
 
@@ -21,13 +22,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s2o_inductor.kernels.launching import Config
+from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, address_of
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.moe_spec import ExpertSpec
 
-# How a kernel reads weights (E, out, in): tiles (out, in), tiles (in, out), or pointers.
+# How a kernel reads weights (E, out, in): tiles (out, in), tiles (in, out), pointers, or pointers that a table holds.
 OUT_IN = tl.constexpr(0)
 IN_OUT = tl.constexpr(1)
 POINTERS = tl.constexpr(2)
+ADDRESSES = tl.constexpr(3)
 # How the first product holds gate and up: no gate, halves of one tensor's columns, alternating columns, two tensors.
 PLAIN = tl.constexpr(0)
 HALVES = tl.constexpr(1)
@@ -65,9 +68,11 @@ class Weights:
     layout: int
 
     @classmethod
-    def of(cls, w: Tensor, columns: int, depth: int) -> Weights:
+    def of(cls, w: Matrices, columns: int, depth: int) -> Weights:
         """w in tiles of `columns` of out and `depth` of in, zero beyond its edges."""
         steps = w.stride()
+        if isinstance(w, Addresses):
+            return cls(w.table, steps, ADDRESSES.value)
         if _in_tiles(w):
             return cls(TensorDescriptor(w, list(w.shape), _strides(w), [1, columns, depth]), steps, OUT_IN.value)
         if _in_tiles(turned := w.mT):
@@ -76,8 +81,10 @@ class Weights:
         return cls(w, steps, POINTERS.value)
 
     @classmethod
-    def of_halves(cls, w: Tensor, columns: int, depth: int) -> Weights:
+    def of_halves(cls, w: Matrices, columns: int, depth: int) -> Weights:
         """w (E, 2 * n, in) in tiles of `columns` of each half of out and `depth` of in, zero beyond their edges."""
+        if isinstance(w, Addresses):
+            return cls.of(w, columns, depth)
         steps, halves = w.stride(), (2, w.shape[1] // 2)
         if _in_tiles(x := w.unflatten(1, halves)):
             return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, 2, columns, depth]), steps, OUT_IN.value)
@@ -147,6 +154,17 @@ def place_of(program, blocks, splits, count, GROUP: tl.constexpr):
 
 
 @triton.jit
+def weights_of(source, steps, expert, LAYOUT: tl.constexpr, KIND: tl.constexpr):
+    """What `load_weights` and `load_halves` read an expert's weights from, numbers of dtype KIND."""
+    if LAYOUT == ADDRESSES:
+        return address_of(source, expert, KIND)
+    elif LAYOUT == POINTERS:
+        return source + expert.to(tl.int64) * steps[0]
+    else:
+        return source
+
+
+@triton.jit
 def load_weights(source, steps, expert, column, depth, LAYOUT: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Weights of one expert, (BK, BN): in [depth, depth + BK) by out [column, column + BN), zero beyond."""
@@ -157,9 +175,13 @@ def load_weights(source, steps, expert, column, depth, LAYOUT: tl.constexpr, OUT
     else:
         n = column + tl.arange(0, BN)
         k = depth + tl.arange(0, BK)
-        place = source + expert.to(tl.int64) * steps[0]
-        place = place + n.to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
-        return tl.load(place, mask=(n < OUT)[None, :] & (k < IN)[:, None], other=0.0)
+        place = source + n.to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
+        if LAYOUT == ADDRESSES:
+            place = tl.multiple_of(place, (16, 16))  # bytes; see `Addresses`
+        if OUT % BN == 0 and IN % BK == 0:
+            return tl.load(place)
+        else:
+            return tl.load(place, mask=(n < OUT)[None, :] & (k < IN)[:, None], other=0.0)
 
 
 @triton.jit
@@ -174,9 +196,13 @@ def load_halves(source, steps, expert, column, depth, LAYOUT: tl.constexpr, INNE
         c = tl.arange(0, 2 * BN)
         n = column + c % BN
         k = depth + tl.arange(0, BK)
-        place = source + expert.to(tl.int64) * steps[0]
-        place = place + (c // BN * INNER + n).to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
-        return tl.load(place, mask=(n < INNER)[None, :] & (k < IN)[:, None], other=0.0)
+        place = source + (c // BN * INNER + n).to(tl.int64)[None, :] * steps[1] + k.to(tl.int64)[:, None] * steps[2]
+        if LAYOUT == ADDRESSES:
+            place = tl.multiple_of(place, (16, 16))  # bytes; see `Addresses`
+        if INNER % BN == 0 and IN % BK == 0:
+            return tl.load(place)
+        else:
+            return tl.load(place, mask=(n < INNER)[None, :] & (k < IN)[:, None], other=0.0)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
     moe_experts_list           every token's chosen experts and their weighted sum
     moe_experts_list_backward  its gradients
 
-A list of `nn.Linear`s need not be stacked: on CPU each expert is a product of its own, whose weights
-lie wherever they lie. Other devices stack the lists at every call.
+A list of `nn.Linear`s need not be stacked: weights are read, and gradients written, wherever they lie. On CPU each
+expert is a product of its own; on CUDA the kernels take a table of addresses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from s2o_inductor import moe_ops
 from s2o_inductor.moe_spec import ExpertSpec, parse
-from s2o_inductor.ops import NAMESPACE, observed
+from s2o_inductor.ops import NAMESPACE
 
 _TAGS = (torch.Tag.flexible_layout,)
 _OPERANDS = "Tensor z, Tensor[] w1, Tensor[] w2, Tensor[] w3, Tensor[] b1, Tensor[] b2, Tensor ids, Tensor p"
@@ -104,26 +104,17 @@ def _describe(x: Tensor) -> str:
     return f"{x.dtype}{tuple(x.shape)} on {x.device}"
 
 
-def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
-    return [torch.stack(list(given)) if given else None for given in lists]
-
-
 def _impl(
     z: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     ids: Tensor, p: Tensor, spec: str, keep: bool, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from s2o_inductor.kernels import moe_cpu, moe_routing
+    from s2o_inductor.kernels import moe_routing
 
     formula = parse(spec)
     _check(z, w1, w2, w3, b1, b2, ids, p, formula)
-    if z.device.type != "cpu":
-        found: tuple[Tensor, Tensor] = torch.ops.s2o.moe_experts(
-            z, *_stacked((w1, w2, w3, b1, b2)), ids, p, spec, keep, site
-        )
-        return found
-    if site and observed.get(site) is None:
-        observed[site] = ("cpu-grouped", "")
-    return moe_cpu.forward(moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None), z, ids, p, keep)
+    experts = moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None)
+    found: tuple[Tensor, Tensor] = moe_ops.kernels_of(z.device, site).forward(experts, z, ids, p, keep)
+    return found
 
 
 def _backward_impl(
@@ -133,19 +124,14 @@ def _backward_impl(
     from s2o_inductor.kernels import moe_cpu, moe_routing
 
     formula = parse(spec)
-    if z.device.type != "cpu":
-        lists = (w1, w2, w3, b1, b2)
-        wanted = [True, *map(bool, lists), True]
-        dz, *stacked, dp = torch.ops.s2o.moe_experts_backward(grad, z, *_stacked(lists), ids, p, kept, spec, wanted)
-        # Outputs of an operator must not share memory.
-        parts = [[x.clone() for x in one.unbind()] if given else [] for one, given in zip(stacked, lists, strict=True)]
-        return (dz, *parts, dp)
     found = _gradients(z, w1, w2, w3, b1, b2, p)
-    first = [found[1], *([found[3]] if w3 else [])]
-    turned = [moe_routing.flipped(x) if formula.transposed else x for x in (*first, found[2])]
-    moe_cpu.backward(
+    # Neither what is absent nor what has no numbers is computed.
+    lists = [given if given and given[0].numel() else None for given in found[1:6]]
+    turned = [moe_routing.flipped(x) if x is not None and formula.transposed else x for x in lists[:3]]
+    first = (turned[0], turned[2]) if w3 else (turned[0],)
+    moe_ops.kernels_of(z.device).backward(
         moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None), grad, z, ids, p, kept,
-        moe_cpu.Gradients(found[0], tuple(turned[:-1]), turned[-1], found[4] or None, found[5] or None, found[6]),
+        moe_cpu.Gradients(found[0], first, turned[1], lists[3], lists[4], found[6]),
     )  # fmt: skip
     return found
 

@@ -155,10 +155,7 @@ def _impl(
 
     formula = parse(spec)
     check_operands(z, w1, w2, w3, b1, b2, ids, p, formula)
-    _need_kernel(z.device)
-    if site and observed.get(site) is None:
-        observed[site] = ("triton" if z.is_cuda else "cpu-grouped", "")
-    return _kernels(z.device).forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
+    return kernels_of(z.device, site).forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
 
 
 def _backward_impl(
@@ -168,30 +165,28 @@ def _backward_impl(
     from s2o_inductor.kernels import moe_cpu
 
     formula = parse(spec)
-    _need_kernel(z.device)
     empty = _gradients(z, w1, w2, w3, b1, b2, p, wanted)
     into = [x if needed and x.numel() else None for x, needed in zip(empty, wanted, strict=True)]
     weights = [x.mT if x is not None and formula.transposed else x for x in into[1:4]]
     first = (weights[0],) if w3 is None else (weights[0], weights[2])
-    _kernels(z.device).backward(
+    kernels_of(z.device).backward(
         moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), grad, z, ids, p, kept,
         moe_cpu.Gradients(into[0], first, weights[1], into[4], into[5], into[6]),
     )  # fmt: skip
     return empty
 
 
-def _need_kernel(device: torch.device) -> None:
+def kernels_of(device: torch.device, site: str = "") -> ModuleType:
+    """The module whose `forward` and `backward` run on a device, which the report of `site` then says."""
     if device.type not in _KERNELS:
         raise NotImplementedError(
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
             "(options={'disable': ['moe']})"
         )
-
-
-def _kernels(device: torch.device) -> ModuleType:
-    """The module whose `forward` and `backward` run on a device."""
     from s2o_inductor.kernels import moe_cpu
 
+    if site and observed.get(site) is None:
+        observed[site] = ("triton" if device.type == "cuda" else "cpu-grouped", "")
     if device.type != "cuda":
         return moe_cpu
     from s2o_inductor.kernels import cuda_moe

@@ -41,18 +41,33 @@ def checked_addresses() -> Iterator[None]:
     """While active, a launch in this process's interpreter raises IndexError where it leaves the tensors it was given.
 
     The host's memory goes on beyond a tensor, so that a stray load mostly reads something; on a GPU it may fault, and
-    a stray store goes unnoticed. Descriptors are checked too.
+    a stray store goes unnoticed. Descriptors are checked too. A table of addresses gives what they are addresses of.
     """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+    from s2o_inductor.kernels import triton_moe_addresses
+
     given = GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    tables = triton_moe_addresses._tables
+    lent: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}  # by where a table lies: what it holds, and spans
     spans: list[tuple[int, int]] = []  # of the launch, sorted: first byte, and the first one after the last element
 
     def note(executor: GridExecutor, args: Any, kwargs: Any) -> Any:
         result = given(executor, args, kwargs)
-        spans[:] = sorted(_spans([*result[0], *result[1].values()]))
+        tensors = [*result[0], *result[1].values()]
+        spans[:] = _spans(tensors)
+        for x in tensors:
+            if isinstance(x, torch.Tensor) and x.data_ptr() in lent and x.tolist() == lent[x.data_ptr()][0]:
+                spans.extend(lent[x.data_ptr()][1])
+        spans.sort()
         return result
+
+    def lend(lists: Any) -> Any:
+        found = tables(lists)
+        for table, tensors in zip(found, lists, strict=True):
+            lent[table.data_ptr()] = [x.data_ptr() for x in tensors], list(_spans(tensors))
+        return found
 
     def check(pointers: Any, mask: Any, what: str) -> None:
         at = pointers.data[mask.data]
@@ -74,10 +89,12 @@ def checked_addresses() -> Iterator[None]:
     try:
         GridExecutor._init_args_hst = note
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
+        triton_moe_addresses._tables = lend
         yield
     finally:
         GridExecutor._init_args_hst = given
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        triton_moe_addresses._tables = tables
 
 
 def _spans(arguments: list[Any]) -> Iterator[tuple[int, int]]:

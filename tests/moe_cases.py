@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+from typing import Any
 
 import torch
 from test_moe_op import ROUTINGS, Problem, problem
 from torch import Tensor
 
 from s2o_inductor.kernels import reference_moe
+from s2o_inductor.moe_list_ops import moe_experts_list
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
 from s2o_inductor.testing import assert_close_to_gold
@@ -79,11 +82,15 @@ def leaves(case: Problem) -> Problem:
     return dataclasses.replace(case, **{name: x.detach().requires_grad_() for name, x in case.tensors().items()})
 
 
-def check(case: Problem, keep: bool = True) -> None:
-    """Output and gradients of `moe_experts` against float64, beside those of ordinary torch of the same dtype."""
+def check(case: Problem, keep: bool = True, function: Any = None) -> None:
+    """Output and gradients against float64, beside those of ordinary torch of the same dtype.
+
+    They are those of `moe_experts`, which keeps the first product or not, or of another function.
+    """
+    run = functools.partial(moe_experts, keep=keep) if function is None else function
     case = leaves(case)
     gold, low = case.to(torch.float64).run(reference_moe.experts), case.run(reference_moe.experts)
-    for name, actual in case.run(moe_experts, keep=keep).items():
+    for name, actual in case.run(run).items():
         # A sum over tokens and choices in another order: the rounding of its terms, not of its result, counts.
         condition = 8.0 * (_cancelled(case, gold["p"]) if name == "p" else 1.0)
         assert_close_to_gold(actual, low[name], gold[name], what=f"{name} of {case.spec}", condition=condition)
@@ -98,3 +105,23 @@ def _cancelled(case: Problem, gold: Tensor) -> float:
         return 1.0
     usual = [case.to(torch.float64).run(reference_moe.experts, draw=draw)["p"].square().mean() for draw in range(2, 10)]
     return max(1.0, float(torch.stack(usual).mean().sqrt() / gold.abs().max()))
+
+
+def separate_experts(
+    z: Tensor, w1: Tensor, w2: Tensor, ids: Tensor, p: Tensor, *, spec: ExpertSpec, **optional: Tensor | None
+) -> Tensor:
+    """`moe_experts` with a tensor for each expert, so that gradients of the operands can be compared."""
+
+    def each(x: Tensor | None) -> list[Tensor]:
+        return [] if x is None else [_alone(one) for one in x.unbind()]
+
+    return moe_experts_list(
+        z, each(w1), each(w2), ids, p, spec=spec, **{name: each(x) for name, x in optional.items()}
+    )  # fmt: skip
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A copy, with the strides of x, that shares its memory with no other tensor."""
+    size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    base = x.new_empty(size).as_strided(x.shape, x.stride())
+    return base.copy_(x)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import check, leaves, random_case, typed
+from moe_cases import check, leaves, random_case, separate_experts, typed
 from test_moe_op import Problem, problem
 
 from s2o_inductor.moe_ops import moe_experts
@@ -143,14 +143,52 @@ def check_repeats_and_ignores_strangers() -> None:
 
 def check_nothing_to_do() -> None:
     for tokens, choices in ((0, 2), (3, 0)):
-        made = problem(ExpertSpec("silu", "half"), tokens, choices).to(torch.float16)
-        assert all(not x.any() for x in made.run(moe_experts).values())
+        made = problem(ExpertSpec("silu", "half"), tokens, choices, bias=True).to(torch.float16)
+        for function in (moe_experts, separate_experts):
+            assert all(not x.any() for x in made.run(function).values())
+
+
+def check_separate(name: str) -> None:
+    """Experts that are separate tensors give the bits of stacked ones, and are stacked only if they lie oddly."""
+    from s2o_inductor.kernels import cuda_moe
+    from s2o_inductor.kernels.triton_moe_addresses import Addresses
+
+    made, original, found = leaves(case(name)), cuda_moe.matrices, []
+    cuda_moe.matrices = lambda given: found.append(original(given)) or found[-1]
+    try:
+        separate = made.run(separate_experts)
+    finally:
+        cuda_moe.matrices = original
+    if made.z.dtype == torch.float32:
+        # numpy's products in float32 depend on how their operands lie; those of float16 are exact before their sum.
+        check(made, function=separate_experts)
+    else:
+        for what, x in made.run(moe_experts).items():
+            assert torch.equal(x, separate[what]), what
+    assert len(found) == 2 and sum(map(len, found)) == 2 * (2 if made.w3 is None else 3)
+    odd = name in ("two tensors, odd sizes", "weights in no tiles")
+    assert all(isinstance(x, Addresses) != odd for given in found for x in given)
+
+
+def check_many_addresses() -> None:
+    """More than one launch hands over, for an odd number of experts, of lists of which one is stacked."""
+    from s2o_inductor.kernels.triton_moe_addresses import Addresses, matrices
+
+    lists = [[torch.randn(2, 4) for _ in range(77)] for _ in range(3)]
+    lists[1][5] = lists[1][5].mT.contiguous().mT
+    one, stacked, other = matrices(lists)
+    assert torch.equal(stacked, torch.stack(lists[1]))
+    for found, tensors in ((one, lists[0]), (other, lists[2])):
+        assert isinstance(found, Addresses) and found.shape == (77, 2, 4) and found.mT.stride() == (0, 1, 4)
+        assert found.table.tolist() == [x.data_ptr() for x in tensors]
 
 
 CHECKS: dict[str, Callable[[], Any]] = {
     **{name: (lambda name=name: check(case(name))) for name in CASES},
     "nothing kept": lambda: check(case("weights on the input"), keep=False),
     **{f"random {seed}": (lambda seed=seed: check(*random_case(seed))) for seed in range(12)},
+    **{f"separate: {name}": (lambda name=name: check_separate(name)) for name in CASES},
+    "many addresses": check_many_addresses,
     "programs that share tiles": check_shared_tiles,
     "a sorted plan": check_sorted_plan,
     "every tile height": check_every_tile_height,
@@ -199,7 +237,7 @@ def main() -> None:
     from s2o_inductor import moe_ops
     from s2o_inductor.kernels import cuda_moe
 
-    moe_ops._kernels = lambda device: cuda_moe  # what a CUDA device would run
+    moe_ops.kernels_of = lambda device, site="": cuda_moe  # what a CUDA device would run
     interpreter.main(CHECKS)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from moe_cases import check, leaves, on_device, random_case, typed
+from moe_cases import check, leaves, on_device, random_case, separate_experts, typed
 from test_moe_op import Problem, problem
 from torch import Tensor
 
 import s2o_inductor
 from s2o_inductor.kernels import reference_moe
+from s2o_inductor.moe_list_ops import moe_experts_list
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
 from s2o_inductor.testing import assert_close_to_gold
@@ -111,6 +112,96 @@ def test_captured_in_a_cuda_graph(tokens: int) -> None:
     graph.replay()
     for name, x in run().items():
         assert torch.equal(captured[name], x), name
+
+
+# --------------------------------------------------------------------- experts that are separate tensors
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_separate_experts_of_random_cases(seed: int) -> None:
+    """Also such as lie in no common way, or do not start at multiples of 16 bytes."""
+    check(random_case(seed, device="cuda")[0], function=separate_experts)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+@pytest.mark.parametrize("name", SPECS)
+def test_separate_experts_compute_what_stacked_ones_do(name: str, tokens: int) -> None:
+    """To the bit: tiles and the order of sums are the same, whatever fetches the weights."""
+    case = sized(name, tokens, 4, 9, 512, 768, "random")
+    stacked, separate = case.run(moe_experts), case.run(separate_experts)
+    for what, x in stacked.items():
+        assert torch.equal(x, separate[what]), what
+
+
+def linears(experts: int, width: int, inner: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights of gate, down and up projections, each a leaf that wants a gradient."""
+    gate = [normal(inner, width, scale=width**-0.5, seed=i).requires_grad_() for i in range(experts)]
+    up = [normal(inner, width, scale=width**-0.5, seed=100 + i).requires_grad_() for i in range(experts)]
+    down = [normal(width, inner, scale=inner**-0.5, seed=200 + i).requires_grad_() for i in range(experts)]
+    return gate, down, up
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 512])
+def test_separate_experts_are_not_copied(tokens: int) -> None:
+    """Neither their weights in the forward pass, nor their gradients in the backward pass."""
+    gate, down, up = linears(16, 1024, 2048)
+    z, (ids, p) = normal(tokens, 1024).requires_grad_(), choose(tokens, 2, 16)
+    each = sum(x.numel() * x.element_size() for xs in (gate, down, up) for x in xs)
+
+    def peak(call: Any) -> tuple[Any, int]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    out, forward = peak(lambda: moe_experts_list(z, gate, down, ids, p, spec=SPECS["torchtitan"], w3=up))
+    leaves = [z, *gate, *down, *up]
+    grads, backward = peak(lambda: torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    assert all(x.isfinite().all() for x in grads)
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == len(grads)
+    assert forward < each / 4 and backward < each * 1.25
+
+
+@pytest.mark.parametrize("tokens", [20, 900])
+def test_separate_experts_in_a_cuda_graph(tokens: int) -> None:
+    """A table of addresses is made without a copy from the host; a replay follows weights that change in place."""
+    gate, down, up = linears(16, 256, 384)
+    z, (ids, p) = normal(tokens, 256).requires_grad_(), choose(tokens, 4, 16)
+    leaves, grad = [z, *gate, *down, *up], normal(tokens, 256, seed=1)
+
+    def run() -> tuple[Tensor, ...]:
+        out = moe_experts_list(z, gate, down, ids, p, spec=SPECS["torchtitan"], w3=up)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        z.copy_(torch.randn_like(z))
+        gate[3].copy_(-gate[3])
+        ids.copy_(ids.roll(1, 0))
+    graph.replay()
+    for i, x in enumerate(run()):
+        assert torch.equal(captured[i], x), i
+
+
+def test_separate_experts_that_move() -> None:
+    """Nothing is remembered of where weights were."""
+    gate, down, up = linears(4, 64, 96)
+    z, (ids, p) = normal(10, 64), choose(10, 2, 4)
+    results = []
+    with torch.no_grad():
+        for _ in range(2):
+            results.append(moe_experts_list(z, gate, down, ids, p, spec=SPECS["torchtitan"], w3=up))
+            moved = [[x.detach().clone() for x in xs] for xs in (gate, down, up)]
+            for xs in (gate, down, up):
+                for x in xs:
+                    x.fill_(float("nan"))
+            gate, down, up = moved
+    assert results[0].isfinite().all() and torch.equal(*results)
 
 
 def check_tokens(out: Tensor, z: Tensor, w1: Tensor, w2: Tensor, ids: Tensor, p: Tensor, spec: ExpertSpec,
