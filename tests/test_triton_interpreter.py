@@ -172,7 +172,6 @@ def report() -> dict[str, str]:
     return interpreter.report_of(__file__)
 
 
-@pytest.mark.xdist_group("interpreter, interpreter")  # one worker makes the report
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels_in_the_interpreter(name: str, report: dict[str, str]) -> None:
     assert report[name] == "", report[name]
