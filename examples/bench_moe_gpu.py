@@ -74,7 +74,7 @@ class Model:
         major, minor = torch.cuda.get_device_capability()
         return Shape(
             tokens, self.choices, self.experts, self.width, self.inner, self.spec, training,
-            *cuda_moe._device(device), 10 * major + minor,
+            *cuda_moe._device(device)[:2], 10 * major + minor,
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from s2o_inductor.kernels import (
     cuda_moe,
+    hopper_moe,
     launching,
     triton_moe_addresses,
     triton_moe_backward,
@@ -37,7 +38,9 @@ from s2o_inductor.kernels.launching import Config
 from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
 from s2o_inductor.moe_spec import ExpertSpec
 
-_LAUNCHERS = (triton_moe_addresses, triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward)
+_LAUNCHERS = (
+    triton_moe_addresses, triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward, hopper_moe,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Shape:
     def facts(self) -> cuda_moe.Facts:
         """What the choice of tiles depends on."""
         return cuda_moe.Facts(
-            torch.bfloat16, self.tokens * self.choices, self.experts, self.processors, self.room
+            torch.bfloat16, self.tokens * self.choices, self.experts, self.processors, self.room,
+            divmod(self.capability, 10),
         )  # fmt: skip
 
 

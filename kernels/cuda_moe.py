@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from s2o_inductor.kernels import triton_moe_backward, triton_moe_first, triton_moe_second
+from s2o_inductor.kernels import hopper_moe, triton_moe_backward, triton_moe_first, triton_moe_second
 from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
 from s2o_inductor.kernels.triton_moe_addresses import Matrices, addresses_of, matrices
 from s2o_inductor.kernels.triton_moe_backward import Rows
@@ -43,6 +43,7 @@ class Facts:
         experts: E.
         processors: of the device.
         room: bytes of shared memory that a program may have.
+        capability: of the device, major and minor.
     """
 
     dtype: torch.dtype
@@ -50,12 +51,20 @@ class Facts:
     experts: int
     processors: int
     room: int
+    capability: tuple[int, int] = (0, 0)
 
     @property
     def height(self) -> int:
         """Rows of a tile: a little above an expert's on average, so that most experts need one or all are full."""
         mean = self.pairs / self.experts
         return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 64 else 128
+
+    @property
+    def hopper(self) -> Tile | None:
+        """How `hopper_moe` makes products of many rows, if it does."""
+        if self.room < _SHARED_ROOM:
+            return None
+        return hopper_moe.product_tile(self.capability, self.dtype, self.processors, self.pairs // self.experts)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - facts are few and small
     def parts(self, out: int, depth: int) -> int:
@@ -194,7 +203,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
         y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
-        triton_moe_second.second([h], [operands.w2], operands.b2, plan, y, second_tiles(facts, width))
+        _second([h], [operands.w2], operands.b2, plan, y, facts)
         triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
     return out, kept
 
@@ -240,14 +249,17 @@ def _backward(
     del du, h
     if into.z is not None or (scored and into.p is not None):
         y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
-        tiles = second_tiles(facts, width)
+        turned = [w.mT for w in experts.w1]
         if scored:
             # Wider tiles would spill, and shares are counted in blocks of the same width.
+            tiles = second_tiles(facts, width)
             columns = min(tiles[0].keys, 128)
             tiles = [tile for tile in tiles if tile.keys == columns]
             share = _share(pairs, width, tiles[0], z)
-        scores = triton_moe_second.Scored(z, weights, share) if scored else None
-        triton_moe_second.second(parts, [w.mT for w in experts.w1], None, plan, y, tiles, scores)
+            scores = triton_moe_second.Scored(z, weights, share)
+            triton_moe_second.second(parts, turned, None, plan, y, tiles, scores)
+        else:
+            _second(parts, turned, None, plan, y, facts)
         if into.z is not None:
             triton_moe_second.combine(y, None, plan, into.z)
         del y
@@ -285,8 +297,17 @@ def _first(
     experts: Operands, z: Tensor, plan: Plan, p: Tensor, pre: Tensor | None, h: Tensor | None, facts: Facts
 ) -> None:
     """The first product and the hidden rows, where wanted."""
-    tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
-    triton_moe_first.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
+    if not hopper_moe.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, facts.hopper):
+        tiles = first_tiles(facts, experts.w2.shape[2], experts.spec.gate != "none")
+        triton_moe_first.first(experts.spec, experts.w1, experts.b1, z, plan, p, pre, h, tiles)
+
+
+def _second(
+    a: Sequence[Tensor], w: Sequence[Matrices], bias: Tensor | None, plan: Plan, y: Tensor, facts: Facts
+) -> None:
+    """The second product, or the gradient of the rows that entered the first."""
+    if not hopper_moe.second(a, w, bias, plan, y, facts.hopper):
+        triton_moe_second.second(a, w, bias, plan, y, second_tiles(facts, y.shape[2]))
 
 
 def _rows(x: Tensor, plan: Plan, weight: Tensor | None, facts: Facts) -> Rows:
@@ -320,12 +341,13 @@ def facts_of(experts: Operands, z: Tensor, ids: Tensor) -> Facts:
 
 
 @functools.lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and a program's shared memory; of a small GPU where there is none and kernels are interpreted."""
+def _device(device: torch.device) -> tuple[int, int, tuple[int, int]]:
+    """Multiprocessors, a program's shared memory, and the capability; of a small GPU where kernels are interpreted."""
     if device.type != "cuda":
-        return 4, 48 << 10
+        return 4, 48 << 10, (0, 0)
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
+    room = getattr(properties, "shared_memory_per_block_optin", 0)
+    return properties.multi_processor_count, room, (properties.major, properties.minor)
 
 
 def _unit_rows(x: Tensor) -> Tensor:

@@ -274,7 +274,9 @@ def plain_hidden(x, numbers, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr):
     """act(x), without a gate; `numbers` are (alpha, limit, shift)."""
     if LIMITED:
         x = _clamp(x, numbers[1])
-    return _activate(x, numbers[0], ACTIVATION)[0]
+    if ACTIVATION != "identity":
+        x = _activate(x, numbers[0], ACTIVATION)[0]
+    return x
 
 
 @triton.jit

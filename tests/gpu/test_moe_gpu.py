@@ -68,15 +68,30 @@ def test_at_the_widths_of_models(name: str, routing: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_programs_that_share_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other way to run both products, whatever is chosen at this size."""
-    from s2o_inductor.kernels import cuda_moe
+    """The other way to run both products in Triton, whatever is chosen at this size."""
+    from s2o_inductor.kernels import cuda_moe, hopper_moe
     from s2o_inductor.kernels.triton_moe_tiles import Tile
 
     tiles = [Tile(128, 64, 4, 3, 64, 8, 132)]
+    monkeypatch.setattr(hopper_moe, "product_tile", lambda *_: None)
     monkeypatch.setattr(cuda_moe, "first_tiles", lambda *_: tiles)
     monkeypatch.setattr(cuda_moe, "second_tiles", lambda *_: tiles)
     check(sized(name, 1200, 4, 8, 512, 768, "random"))
     check(sized(name, 300, 2, 8, 200, 136, "one_expert"))
+
+
+@pytest.mark.parametrize("name", ["Nemotron", "Mixtral", "Llama 4"])
+def test_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of no rows and of many, and sizes that no tile divides."""
+    from s2o_inductor.kernels import hopper_moe
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    taken, original = [], hopper_moe._launch
+    monkeypatch.setattr(hopper_moe, "_launch", lambda *args: taken.append(original(*args)) or taken[-1])
+    check(sized(name, 1200, 4, 8, 512, 768, "random"))
+    check(sized(name, 1100, 2, 8, 200, 136, "one_expert"))
+    assert len(taken) >= 2 and all(taken)
 
 
 @pytest.mark.parametrize("tokens", [40, 1500])

@@ -1,0 +1,101 @@
+"""Which products of experts Hopper's kernel takes, and that the installed Triton compiles it, which needs no GPU."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+import compile_moe
+
+from s2o_inductor.kernels import cuda_moe, hopper_moe
+from s2o_inductor.kernels.triton_moe_addresses import Addresses
+from s2o_inductor.moe_spec import ExpertSpec
+
+HOPPER, ROOM = (9, 0), 227 << 10
+usable = pytest.mark.skipif(hopper_moe.kernels is None, reason="this Triton has no Gluon that the kernel could use")
+
+
+def facts(**fields: Any) -> cuda_moe.Facts:
+    defaults = {
+        "dtype": torch.bfloat16, "pairs": 4096, "experts": 8, "processors": 132, "room": ROOM, "capability": HOPPER,
+    }  # fmt: skip
+    return cuda_moe.Facts(**{**defaults, **fields})
+
+
+@usable
+@pytest.mark.parametrize("pairs", [8 * 256, 8 * 352, 8 * 3000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_taken(pairs: int, dtype: torch.dtype) -> None:
+    found = facts(pairs=pairs, dtype=dtype).hopper
+    assert found is not None and found.programs == 132
+    assert found.stages * (found.rows + found.keys) * found.depth * dtype.itemsize < ROOM
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"capability": (8, 0)}, {"capability": (10, 0)}, {"dtype": torch.float32}, {"room": 100 << 10},
+        {"pairs": 8 * 255},
+    ],
+)  # fmt: skip
+def test_left_to_triton(fields: dict[str, Any]) -> None:
+    assert facts(**fields).hopper is None
+
+
+def test_operands_left_to_triton() -> None:
+    """Nothing is launched for them: there is no plan."""
+    z, w1 = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, 96, 64, dtype=torch.bfloat16)
+    tile, nothing = facts().hopper, torch.zeros(0)
+    plan: Any = None
+
+    def first(spec: ExpertSpec, *weights: Tensor | Addresses) -> bool:
+        return hopper_moe.first(spec, weights, None, z, plan, nothing, None, nothing, tile)
+
+    table = Addresses(torch.zeros(2, dtype=torch.int64), w1[0])
+    assert not first(ExpertSpec("relu2"), table)
+    assert not first(ExpertSpec("relu2"), w1[:, :, ::2])
+    assert not first(ExpertSpec("relu2"), torch.zeros(2, 96, 63, dtype=torch.bfloat16))
+    assert not first(ExpertSpec("relu2", score="hidden"), w1)
+    assert not first(ExpertSpec("silu", "separate"), w1, w1)
+    assert not first(ExpertSpec("silu", "half"), w1)
+    for a, w, bias, parts in (
+        ([z], [table], None, 1),
+        ([z], [w1], None, 2),
+        ([z], [w1], z, 1),
+        ([z, z], [w1, w1], None, 1),
+    ):
+        assert not hopper_moe.second(a, w, bias, plan, torch.zeros(parts, 4, 96), tile)
+
+
+def compiled(spec: ExpertSpec, training: bool) -> list[dict[str, Any]]:
+    """The kernel for Hopper, as often as a call compiles it."""
+    shape = compile_moe.Shape(600, 2, 4, 256, 384, spec, training, 132, ROOM, 90)
+    walk = (compile_moe.whole_call, shape)
+    launches = compile_moe._launches_of(walk)
+    jobs = [job for job in compile_moe._jobs_of([walk]) if launches[job[1]][0].__name__ == "grouped_kernel"]
+    return [compile_moe.compile_one(*job) for job in jobs]
+
+
+@usable
+def test_compiles() -> None:
+    """For sm_90: weights in both orders, what is kept for the backward pass, and the gradient of rows."""
+    cases = {(ExpertSpec("relu2"), False): 2, (ExpertSpec("relu2", transposed=True), True): 3}
+    # In processes of their own: what Triton compiles for is a setting of a process.
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [(pool.submit(compiled, *case), count) for case, count in cases.items()]
+        for future, count in futures:
+            found = future.result()
+            assert len(found) == count
+            for kernel in found:
+                assert "wgmma.mma_async" in kernel["ptx"] and "cp.async.bulk.tensor" in kernel["ptx"]
+                assert kernel["shared"] <= ROOM
