@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from s2o_inductor.kernels import cuda_moe, triton_moe_backward, triton_moe_first, triton_moe_second
+from s2o_inductor.kernels import cuda_moe, hopper_moe, triton_moe_backward, triton_moe_first, triton_moe_second
 from s2o_inductor.kernels.moe_cpu import Experts
 from s2o_inductor.kernels.triton_moe_backward import Rows
 from s2o_inductor.kernels.triton_moe_plan import Plan
@@ -36,6 +36,13 @@ def stages_of(call: Call, processors: int) -> dict[str, Callable[[Tile, int], No
         y = torch.empty(parts, pairs, w.shape[1], dtype=kind, device=call.z.device)
         triton_moe_second.second([a], [w], None, plan, y, [tile])
 
+    def hopper_second(tile: Tile, a: Tensor, w: Tensor) -> None:
+        y = torch.empty(1, pairs, w.shape[1], dtype=torch.bfloat16, device=call.z.device)
+        assert hopper_moe.second([a], [w], None, plan, y, tile)
+
+    def hopper_first(tile: Tile) -> None:
+        assert hopper_moe.first(spec, experts.w1, None, call.z, plan, p, None, h, tile)
+
     def hidden(tile: Tile, parts: int) -> None:
         share = torch.empty(pairs, -(-call.model.inner // tile.keys), device=call.z.device)
         where = (pre, call.model.inner, h, share)
@@ -48,6 +55,9 @@ def stages_of(call: Call, processors: int) -> dict[str, Callable[[Tile, int], No
         "second": lambda tile, parts: second(tile, parts, h, call.w2),
         "hidden": hidden,
         "dx": lambda tile, parts: second(tile, parts, pre, call.w1.mT),
+        "first, Hopper": lambda tile, parts: hopper_first(tile),
+        "second, Hopper": lambda tile, parts: hopper_second(tile, h, call.w2),
+        "dx, Hopper": lambda tile, parts: hopper_second(tile, pre, call.w1.mT),
         "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile], processors),
     }
 
@@ -86,6 +96,11 @@ def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Til
     found = {"first": first + narrow, "second": tiles + shared, "dx": backward + shared}
     found["dw"] = backward + deep
     found["hidden"] = [t for t in backward if t.keys <= 128] + [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)]
+    if facts.hopper is not None:
+        ways = [
+            dataclasses.replace(facts.hopper, group=group, stages=stages) for group in (2, 3, 8) for stages in (3, 4)
+        ]
+        found |= {f"{kernel}, Hopper": ways for kernel in (("second", "dx") if gated else ("first", "second", "dx"))}
     return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
 
 
