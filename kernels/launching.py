@@ -21,8 +21,8 @@ UNSPECIALIZED = [
     # Of the sparse kernels: positions and tiles, places in their tables, and the density as a fraction.
     "window", "sink", "first_tile", "tile0", "count", "tiles", "base", "room", "places", "segments", "blocks",
     "groups", "numerator", "denominator",
-    # Of routed experts: choices in all.
-    "pairs",
+    # Of routed experts: choices in all, and rows of scores.
+    "pairs", "rows",
 ]  # fmt: skip
 _UNSPECIALIZED = frozenset(UNSPECIALIZED)
 _SIMPLE = frozenset((int, bool, str, type(None)))

@@ -13,7 +13,7 @@ from s2o_inductor.sparse_policy import MIN_SEQ, SparsePolicy
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Verify = Literal["first", "always", "off"]
-PASSES = ("attention", "multi-head", "lift-masks", "sparse")
+PASSES = ("attention", "multi-head", "lift-masks", "sparse", "router")
 _PREFIX = "s2o."
 # Changes the loss of a trained model by less than 0.2 % (BENCHMARKS.md, "What sparse selections lose").
 DEFAULT_BUDGET = 0.5
