@@ -80,6 +80,7 @@ def traced(
         given = inputs(tokens, **how)
     table = select_decomp_table() if decompose else {}
     gm = make_fx(layer(route), decomposition_table=table, tracing_mode="fake")(*given)
+    gm.graph.eliminate_dead_code()  # as AOTAutograd does
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
