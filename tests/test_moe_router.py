@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import moe_idioms
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+import s2o_inductor
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
-from s2o_inductor.passes import pipeline
+from s2o_inductor.passes import moe_router, pipeline
 from s2o_inductor.report import GraphReport, Site
+from s2o_inductor.router_ops import top_k
 
 aten = torch.ops.aten
 WIDTH, EXPERTS, SITE = 16, 12, "layer#1@0"
@@ -77,14 +83,19 @@ def traced(
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         tokens = mode.from_tensor(torch.empty(6), symbolic_context=context).shape[0]
     with mode:
-        given = inputs(tokens, **how)
+        data = inputs(tokens, **how)
     table = select_decomp_table() if decompose else {}
-    gm = make_fx(layer(route), decomposition_table=table, tracing_mode="fake")(*given)
+    gm = make_fx(layer(route), decomposition_table=table, tracing_mode="fake")(*data)
     gm.graph.eliminate_dead_code()  # as AOTAutograd does
+    return on(device, gm)
+
+
+def on(device: str, gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph, saying that its tensors are there."""
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            with mode:
+            with value.fake_mode:  # type: ignore[attr-defined]
                 node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     return gm
 
@@ -126,8 +137,8 @@ def rewritten(gm: fx.GraphModule) -> list[str]:
 def test_routers_choose_the_same(groups: int | None, selections: int, symbolic: bool, decompose: bool) -> None:
     route = plain if groups is None else grouped(groups, max(1, groups // 2))
     gm = traced(route, symbolic=symbolic, decompose=decompose)
-    given = inputs()
-    expected = Here(gm).run(*given)
+    data = inputs()
+    expected = Here(gm).run(*data)
     said = rewritten(gm)
     found = targets(gm)
     assert found.count(torch.ops.s2o.top_k.default) == selections
@@ -136,4 +147,181 @@ def test_routers_choose_the_same(groups: int | None, selections: int, symbolic: 
     assert found.count(aten.mm.dtype) == 1 and aten.mm.default not in found
     assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
     assert len(said) == 1 + found.count(torch.ops.s2o.top_k.default) + found.count(aten.full_like.default), said
-    assert_same(Here(gm).run(*given), expected)
+    assert_same(Here(gm).run(*data), expected)
+
+
+def biased(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    bias = torch.arange(EXPERTS, dtype=torch.float32)
+    return chosen(F.linear(x.flatten(0, 1).float(), weight.float(), bias))
+
+
+def test_a_bias_is_added_behind_the_product() -> None:
+    gm, data = traced(biased), inputs()
+    expected = Here(gm).run(*data)
+    assert len(rewritten(gm)) == 2
+    assert aten.mm.dtype in targets(gm) and aten.addmm.default not in targets(gm)
+    assert_same(Here(gm).run(*data), expected)
+
+
+def test_a_cast_with_other_readers_stays() -> None:
+    def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ids, p = plain(x, weight)
+        return ids, p * x.flatten(0, 1).float().square().mean(-1, keepdim=True)
+
+    gm, data = traced(route), inputs()
+    expected = Here(gm).run(*data)
+    rewritten(gm)
+    assert aten.mm.dtype in targets(gm) and torch.ops.prims.convert_element_type.default in targets(gm)
+    assert_same(Here(gm).run(*data), expected)
+
+
+def of_float32_weights(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return chosen(F.linear(x.flatten(0, 1).float(), weight.float() * 1.5))
+
+
+def of_a_scaled_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return chosen(F.linear(x.flatten(0, 1).float() * 0.5, weight.float()))
+
+
+def in_bfloat16(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return chosen(F.linear(x.flatten(0, 1), weight).float())
+
+
+def of_a_strided_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The cast makes a copy, of which the view is one; of its source there is no such view."""
+    rows = x[..., : WIDTH // 2].float().view(2, -1).view(-1, WIDTH // 2)
+    return chosen(F.linear(rows, weight[:, : WIDTH // 2].float()))
+
+
+def scaled_bias(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    bias = torch.zeros(EXPERTS)
+    return chosen(torch.addmm(bias, x.flatten(0, 1).float(), weight.float().T, alpha=2.0))
+
+
+@pytest.mark.parametrize("route", [of_float32_weights, of_a_scaled_input, in_bfloat16, of_a_strided_input, scaled_bias])
+def test_products_that_stay(route: Route) -> None:
+    gm = traced(route, width=WIDTH)
+    before = [target for target in targets(gm) if target is not aten.topk.default]
+    said = rewritten(gm)
+    assert [target for target in targets(gm) if target is not torch.ops.s2o.top_k.default] == before
+    assert said == ["the largest 3 of 12 in one launch"]
+
+
+def smallest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.topk(scores, 3, largest=False)
+
+
+def of_columns(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(x.T for x in torch.topk(scores.T.contiguous(), 3, dim=0))  # type: ignore[return-value]
+
+
+def in_float64(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.topk(scores.double(), 3)
+
+
+def of_many(scores: Tensor) -> tuple[Tensor, Tensor]:
+    p, ids = torch.topk(torch.cat([scores] * 100, dim=-1), 3)
+    return p, ids % EXPERTS
+
+
+@pytest.mark.parametrize("choose", [smallest, of_columns, in_float64, of_many])
+def test_selections_that_stay(choose: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        p, ids = choose(F.linear(x.flatten(0, 1), weight).float())
+        return ids, p.float()
+
+    gm = traced(route)
+    before = str(gm.graph)
+    assert not rewritten(gm) and str(gm.graph) == before
+
+
+@pytest.mark.parametrize("how", [{"device": "cpu"}, {"width": 12}, {"dtype": torch.float32}, {"dtype": torch.float16}])
+def test_where_there_is_nothing_to_gain(how: dict[str, Any]) -> None:
+    gm = traced(plain, **how)
+    rewritten(gm)
+    assert aten.mm.dtype not in targets(gm)
+    assert (torch.ops.s2o.top_k.default in targets(gm)) == ("device" not in how)
+
+
+def test_what_is_no_router_stays() -> None:
+    def run(x: Tensor, weight: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return torch.topk(scores_of(x, weight), 3)
+
+    gm = make_fx(run, tracing_mode="fake")(*inputs())
+    before = str(gm.graph)
+    assert pipeline.lower_routers(gm.graph) == 0 and str(gm.graph) == before
+
+
+def test_gradients_of_the_scores_stay_in_float32() -> None:
+    """A joint graph: the forward product changes, those of the gradient do not."""
+
+    def step(x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+        leaves = [one.detach().requires_grad_() for one in (x, weight, w1, w2)]
+        out, ids, p = layer(plain)(*leaves)
+        return out.detach(), ids, p.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    gm = make_fx(step, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs())
+    gm.graph.eliminate_dead_code()
+    data = inputs()
+    expected = Here(gm).run(*data)
+    on("cuda", gm)
+    products = targets(gm).count(aten.mm.default)
+    assert rewritten(gm) and targets(gm).count(aten.mm.default) == products - 1
+    actual = Here(gm).run(*data)
+    assert_same(actual[:3], expected[:3])
+    for one, other in zip(actual[3:], expected[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
+
+
+@given(
+    rows=st.lists(st.sampled_from([0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan]), min_size=1, max_size=9),
+    k=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)  # fmt: skip
+@settings(max_examples=40)
+def test_the_operator_is_a_top_k(rows: list[float], k: int, dtype: torch.dtype) -> None:
+    x = torch.tensor([rows, rows[::-1]], dtype=dtype)
+    k = min(k, len(rows))
+    values, ids = top_k(x, k)
+    torch.testing.assert_close(values, torch.topk(x, k)[0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values, x.gather(-1, ids), rtol=0, atol=0, equal_nan=True)
+    for row, found in zip(x.tolist(), ids.tolist(), strict=True):
+        # Of those that are equal, the first ones and in order.
+        for value in {str(abs(one) if one == 0 else one) for one in row}:
+            places = [i for i, one in enumerate(row) if str(abs(one) if one == 0 else one) == value]
+            chosen = [i for i in found if i in places]
+            assert chosen == places[: len(chosen)]
+
+
+def test_opcheck_and_gradients() -> None:
+    x = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.s2o.top_k.default, (x, 3))
+    assert torch.autograd.gradcheck(lambda one: top_k(one, 3)[0], x)
+
+
+@pytest.mark.parametrize(("x", "k"), [(torch.zeros(()), 1), (torch.zeros(3), 4), (torch.zeros(3), 0),
+                                      (torch.zeros(3, dtype=torch.int64), 1)])  # fmt: skip
+def test_bad_input_is_refused(x: Tensor, k: int) -> None:
+    with pytest.raises(ValueError, match="top_k takes k from 1 to n of floats"):
+        top_k(x, k)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_layer(training: bool, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_router, "is_selected", lambda x, k: True)  # as on a GPU
+    torch.manual_seed(0)
+    model, x = moe_idioms.CAPTURED["latent"](), torch.randn(2, 6, 24)
+    said = []
+    for disable in ([], ["router"]):
+        torch._dynamo.reset()
+        options = {"inner": inner, "experts": True, "disable": disable}
+        results = []
+        for call in (torch.compile(model, backend="s2o", options=options), model):
+            with torch.set_grad_enabled(training):
+                y = call(x)
+            results.append([y, *(torch.autograd.grad(y.square().sum(), list(model.parameters())) if training else ())])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        report = s2o_inductor.last_report()
+        said.append([site["router"] for site in report.to_dict()["sites"]])
+        assert ("router: the largest" in str(report)) == (not disable)
+    assert said == [[["the largest 2 of 6 in one launch"]], [[]]]
