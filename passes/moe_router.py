@@ -3,9 +3,8 @@
 Reads backwards from the choices and weights of each `s2o::moe_experts`, through what a router does with its scores, to
 the product that made them. On the way it finds
 
-* a product in float32 whose operands were bfloat16. Two such numbers have a product that is exact in float32, so tensor
-  cores sum the same terms, in float32 too, in another order. In training its gradients are products of their own, of
-  operands in float32, and stay;
+* a product in float32 whose operands were bfloat16 or float16, for `s2o::mm_float32`, which sums the same terms in
+  another order. In training its gradients are products of their own, of operands in float32, and stay;
 * `torch.topk` over few columns, for `s2o::top_k`;
 * `torch.topk` over one column, as of a router with a single group of experts: that is the column itself.
 
@@ -24,7 +23,7 @@ from torch import Tensor, fx
 
 from s2o_inductor.passes import rewrite
 from s2o_inductor.passes.graph_utils import argument, same, size_of
-from s2o_inductor.router_ops import is_selected
+from s2o_inductor.router_ops import HALVES, is_selected
 
 aten = torch.ops.aten
 # As both compilers of a joint graph write them.
@@ -41,17 +40,17 @@ _ROUTING: frozenset[Any] = _VIEWS | _CASTS | {
     aten.sum.dim_IntList, aten.amax.default, aten._softmax.default, aten.clone.default, aten.detach.default,
     aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
-# Numbers in bfloat16 that matrix instructions load at once; rows that are no multiple of it are slow to read.
-_LOADED_TOGETHER = 8
+# Rows that are no multiple of so many numbers are slow to read in half precision.
+_LOADED_TOGETHER = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Unwidened:
-    """A tensor that a product reads in float32, as it was in bfloat16.
+    """A tensor that a product reads in float32, as it was in half precision.
 
     Attributes:
         source: what was cast.
-        views: the nodes from the cast to the product, each with its fake value in bfloat16.
+        views: the nodes from the cast to the product, each with its fake value in that precision.
     """
 
     source: fx.Node
@@ -84,7 +83,10 @@ class Router:
 
     def describe(self) -> list[str]:
         """What changes, for the report."""
-        text = ["scores from bfloat16 as it is: exact products, summed in float32"] * len(self.products)
+        text = [
+            f"scores from {str(_value(left.source).dtype).removeprefix('torch.')}: exact products, summed in float32"
+            for _, left, _ in self.products
+        ]
         text += [f"the largest {one.k} of {one.columns} in one launch" for _, one in self.selections]
         return text + ["no choice of one among one"] * len(self.only)
 
@@ -127,17 +129,18 @@ def _product(node: fx.Node) -> tuple[fx.Node, Unwidened, Unwidened] | None:
     if node.target not in _PRODUCTS or node.kwargs:  # beta and alpha of addmm
         return None
     value, depth = _value(node), _value(node.args[-1]).shape[0]
-    # Neither ROCm nor a CPU has such a product.
-    if value.device.type != "cuda" or torch.version.hip is not None or value.dtype != torch.float32:
+    if value.device.type != "cuda" or value.dtype != torch.float32 or not isinstance(value.shape[1], int):
         return None
     if not isinstance(depth, int) or depth % _LOADED_TOGETHER:
         return None
     left, right = map(_unwidened, node.args[-2:])
-    return None if left is None or right is None else (node, left, right)
+    if left is None or right is None or _value(left.source).dtype != _value(right.source).dtype:
+        return None
+    return node, left, right
 
 
 def _unwidened(node: Any) -> Unwidened | None:
-    """What a tensor in float32 was in bfloat16; None where it was something else, or cannot be viewed so."""
+    """What a tensor in float32 was in half precision; None where it was something else, or cannot be viewed so."""
     views: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.target in _VIEWS:
         views.append(node)
@@ -146,7 +149,7 @@ def _unwidened(node: Any) -> Unwidened | None:
         return None
     source, made = node.args[0], _value(node)
     value: Any = _value(source)
-    if (value.dtype, made.dtype, value.device) != (torch.bfloat16, torch.float32, made.device):
+    if value.dtype not in HALVES or made.dtype != torch.float32 or value.device != made.device:
         return None
     viewed: list[tuple[fx.Node, Tensor]] = []
     for view in reversed(views):

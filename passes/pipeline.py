@@ -273,7 +273,7 @@ def lower_routers(graph: fx.Graph, recorder: Recorder | None = None) -> int:
     routers: list[moe_router.Router] = _guarded(lambda: moe_router.find_routers(graph), "routers", [])
     for router in routers:
         for node, *factors in router.products:
-            rewrite.use_bfloat16(graph, node, [(factor.source, factor.views) for factor in factors])
+            rewrite.use_halves(graph, node, [(factor.source, factor.views) for factor in factors])
         for node, selection in router.selections:
             rewrite.use_top_k(node, selection.k)
         for node, scores in router.only:

@@ -22,6 +22,7 @@ MOE_EXPERTS = torch.ops.s2o.moe_experts.default
 MOE_EXPERTS_LIST = torch.ops.s2o.moe_experts_list.default
 ATTENTION = torch.ops.s2o.attention.default
 ATTENTION_BACKWARD = torch.ops.s2o.attention_backward.default
+MM_FLOAT32 = torch.ops.s2o.mm_float32.default
 TOP_K = torch.ops.s2o.top_k.default
 SPARSE_ATTENTION = torch.ops.s2o.sparse_attention.default
 ATTENTION_MASK = torch.ops.s2o.attention_mask.default
@@ -320,7 +321,7 @@ def routing(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(one for one in node.args[_ROUTING_AT] if isinstance(one, fx.Node))
 
 
-def use_bfloat16(graph: fx.Graph, node: fx.Node, factors: Iterable[tuple[fx.Node, Any]]) -> None:
+def use_halves(graph: fx.Graph, node: fx.Node, factors: Iterable[tuple[fx.Node, Any]]) -> None:
     """Lets an aten.mm or aten.addmm in float32 read its factors as they were before a cast.
 
     Args:
@@ -337,9 +338,9 @@ def use_bfloat16(graph: fx.Graph, node: fx.Node, factors: Iterable[tuple[fx.Node
                 factor.meta.update(_shared_meta(view), val=value)
             read.append(factor)
         if node.target is aten.mm.default:
-            node.target, node.args = aten.mm.dtype, (*read, torch.float32)
+            node.target, node.args = MM_FLOAT32, tuple(read)
         else:
-            product = graph.call_function(aten.mm.dtype, (*read, torch.float32))
+            product = graph.call_function(MM_FLOAT32, tuple(read))
             product.meta.update(_shared_meta(node), val=node.meta["val"])
             node.target, node.args = aten.add.Tensor, (product, node.args[0])
     node.meta.pop("eager_input_vals", None)

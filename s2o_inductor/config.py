@@ -29,8 +29,8 @@ class S2OConfig:
         verify: compare every distinct rewritten region with the code it replaces before keeping it:
             "first" once per structure and process, "always" each time, "off" never.
         strict: raise instead of declining a site, and on a failed verification.
-        disable: names of passes not to run; see `PASSES`. "router" is the part of `experts` that computes the scores and
-            choices of rewritten layers on CUDA in fewer steps.
+        disable: names of passes not to run; see `PASSES`. "router" is the part of `experts` that computes scores
+            and choices of rewritten layers on CUDA in fewer steps.
         experts: also rewrite mixtures of experts: faster over many tokens than what Inductor makes of the layer, on
             CPU at times slower for a single one, so not by default.
         exclude: shell-style patterns of module paths whose sites stay as they are.

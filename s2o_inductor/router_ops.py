@@ -1,6 +1,7 @@
-"""The operator that routers call: the largest of few numbers, schema, fake kernel and autograd.
+"""The operators that routers call: schema, fake kernels, autograd.
 
-    top_k  the k largest numbers of each row, in order, and their places
+    mm_float32  a product of operands in half precision, as if they had been cast to float32
+    top_k       the k largest numbers of each row, in order, and their places
 
 As in `ops.py`, importing needs torch alone.
 """
@@ -18,11 +19,33 @@ from s2o_inductor.ops import NAMESPACE
 MAX_COLUMNS = 1024
 MAX_CHOICES = 64
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
+# Dtypes of which two numbers have a product that is exact in float32.
+HALVES = (torch.bfloat16, torch.float16)
 # Kernels take every stride as it comes, so Inductor need not make copies.
-torch.library.define(
-    f"{NAMESPACE}::top_k", "(Tensor x, int k) -> (Tensor values, Tensor indices)", tags=(torch.Tag.flexible_layout,)
-)
+_TAGS = (torch.Tag.flexible_layout,)
+
+torch.library.define(f"{NAMESPACE}::mm_float32", "(Tensor a, Tensor b) -> Tensor", tags=_TAGS)
+torch.library.define(f"{NAMESPACE}::top_k", "(Tensor x, int k) -> (Tensor values, Tensor indices)", tags=_TAGS)
+
+
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a.float() @ b.float() without the casts, and as exact.
+
+    Products of two such numbers are exact in float32, and sums of them are rounded to nearest. Those of
+    `torch.mm(a, b, out_dtype=torch.float32)` are not: tensor cores cut off what their accumulators cannot hold.
+
+    Args:
+        a: (T, K), bfloat16 or float16, any strides.
+        b: (K, N) in the same dtype, any strides.
+
+    Returns:
+        (T, N) in float32. Gradients are computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    found: Tensor = torch.ops.s2o.mm_float32(a, b)
+    return found
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +89,23 @@ def _check(x: Tensor, k: int) -> None:
         )
 
 
+def _check_product(a: Tensor, b: Tensor) -> None:
+    if a.dtype not in HALVES or a.dtype != b.dtype or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(
+            "mm_float32 takes (T, K) and (K, N), both bfloat16 or both float16; got "
+            f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+        )
+
+
+def _product_impl(a: Tensor, b: Tensor) -> Tensor:
+    _check_product(a, b)
+    if a.device.type == "cuda":
+        from s2o_inductor.kernels import triton_scores
+
+        return triton_scores.mm_float32(a, b)
+    return a.float() @ b.float()
+
+
 def _impl(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check(x, k)
     if x.device.type == "cuda":
@@ -76,7 +116,14 @@ def _impl(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ordered[..., :k].contiguous(), places[..., :k].contiguous()
 
 
+torch.library.impl(f"{NAMESPACE}::mm_float32", "CompositeExplicitAutograd", _product_impl)
 torch.library.impl(f"{NAMESPACE}::top_k", "CompositeExplicitAutograd", _impl)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mm_float32")
+def _product_fake(a: Tensor, b: Tensor) -> Tensor:
+    _check_product(a, b)
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::top_k")
@@ -84,6 +131,16 @@ def _fake(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check(x, k)
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+def _product_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a, b = ctx.saved_tensors
+    need_a, need_b = ctx.needs_input_grad
+    return (grad @ b.float().mT).to(a.dtype) if need_a else None, (a.float().mT @ grad).to(b.dtype) if need_b else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
@@ -97,4 +154,5 @@ def _backward(ctx: Any, grad: Tensor, _grad_indices: Tensor | None) -> tuple[Ten
     return grad.new_zeros((*grad.shape[:-1], ctx.columns)).scatter(-1, indices, grad), None
 
 
+torch.library.register_autograd(f"{NAMESPACE}::mm_float32", _product_backward, setup_context=_product_context)
 torch.library.register_autograd(f"{NAMESPACE}::top_k", _backward, setup_context=_setup_context)

@@ -23,9 +23,10 @@ from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
 from s2o_inductor.passes import moe_router, pipeline
 from s2o_inductor.report import GraphReport, Site
-from s2o_inductor.router_ops import top_k
+from s2o_inductor.router_ops import mm_float32, top_k
 
 aten = torch.ops.aten
+MM_FLOAT32 = torch.ops.s2o.mm_float32.default
 WIDTH, EXPERTS, SITE = 16, 12, "layer#1@0"
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -104,16 +105,6 @@ def targets(gm: fx.GraphModule) -> list[Any]:
     return [node.target for node in gm.graph.nodes if node.op == "call_function"]
 
 
-class Here(fx.Interpreter):
-    """Runs a graph on the CPU; the product that only a GPU has, by its definition."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten.mm.dtype:
-            assert args[0].dtype == args[1].dtype == torch.bfloat16
-            return args[0].float() @ args[1].float()
-        return super().call_function(target, args, kwargs)
-
-
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """The same choices, in whatever order, with weights and outputs summed in another order."""
     (out, ids, p), (out2, ids2, p2) = actual, expected
@@ -138,16 +129,16 @@ def test_routers_choose_the_same(groups: int | None, selections: int, symbolic: 
     route = plain if groups is None else grouped(groups, max(1, groups // 2))
     gm = traced(route, symbolic=symbolic, decompose=decompose)
     data = inputs()
-    expected = Here(gm).run(*data)
+    expected = fx.Interpreter(gm).run(*data)
     said = rewritten(gm)
     found = targets(gm)
     assert found.count(torch.ops.s2o.top_k.default) == selections
     # Without decompositions the scores of the only group still give a tensor of zeros their shape.
     assert found.count(aten.topk.default) == (groups == 1 and not decompose)
-    assert found.count(aten.mm.dtype) == 1 and aten.mm.default not in found
+    assert found.count(MM_FLOAT32) == 1 and aten.mm.default not in found
     assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
     assert len(said) == 1 + found.count(torch.ops.s2o.top_k.default) + found.count(aten.full_like.default), said
-    assert_same(Here(gm).run(*data), expected)
+    assert_same(fx.Interpreter(gm).run(*data), expected)
 
 
 def biased(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +148,10 @@ def biased(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_a_bias_is_added_behind_the_product() -> None:
     gm, data = traced(biased), inputs()
-    expected = Here(gm).run(*data)
+    expected = fx.Interpreter(gm).run(*data)
     assert len(rewritten(gm)) == 2
-    assert aten.mm.dtype in targets(gm) and aten.addmm.default not in targets(gm)
-    assert_same(Here(gm).run(*data), expected)
+    assert MM_FLOAT32 in targets(gm) and aten.addmm.default not in targets(gm)
+    assert_same(fx.Interpreter(gm).run(*data), expected)
 
 
 def test_a_cast_with_other_readers_stays() -> None:
@@ -169,10 +160,10 @@ def test_a_cast_with_other_readers_stays() -> None:
         return ids, p * x.flatten(0, 1).float().square().mean(-1, keepdim=True)
 
     gm, data = traced(route), inputs()
-    expected = Here(gm).run(*data)
+    expected = fx.Interpreter(gm).run(*data)
     rewritten(gm)
-    assert aten.mm.dtype in targets(gm) and torch.ops.prims.convert_element_type.default in targets(gm)
-    assert_same(Here(gm).run(*data), expected)
+    assert MM_FLOAT32 in targets(gm) and torch.ops.prims.convert_element_type.default in targets(gm)
+    assert_same(fx.Interpreter(gm).run(*data), expected)
 
 
 def of_float32_weights(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,11 +226,11 @@ def test_selections_that_stay(choose: Callable[[Tensor], tuple[Tensor, Tensor]])
     assert not rewritten(gm) and str(gm.graph) == before
 
 
-@pytest.mark.parametrize("how", [{"device": "cpu"}, {"width": 12}, {"dtype": torch.float32}, {"dtype": torch.float16}])
+@pytest.mark.parametrize("how", [{"device": "cpu"}, {"width": 24}, {"dtype": torch.float32}])
 def test_where_there_is_nothing_to_gain(how: dict[str, Any]) -> None:
     gm = traced(plain, **how)
     rewritten(gm)
-    assert aten.mm.dtype not in targets(gm)
+    assert MM_FLOAT32 not in targets(gm)
     assert (torch.ops.s2o.top_k.default in targets(gm)) == ("device" not in how)
 
 
@@ -263,11 +254,11 @@ def test_gradients_of_the_scores_stay_in_float32() -> None:
     gm = make_fx(step, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs())
     gm.graph.eliminate_dead_code()
     data = inputs()
-    expected = Here(gm).run(*data)
+    expected = fx.Interpreter(gm).run(*data)
     on("cuda", gm)
     products = targets(gm).count(aten.mm.default)
     assert rewritten(gm) and targets(gm).count(aten.mm.default) == products - 1
-    actual = Here(gm).run(*data)
+    actual = fx.Interpreter(gm).run(*data)
     assert_same(actual[:3], expected[:3])
     for one, other in zip(actual[3:], expected[3:], strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
@@ -290,6 +281,34 @@ def test_the_operator_is_a_top_k(rows: list[float], k: int, dtype: torch.dtype) 
             places = [i for i, one in enumerate(row) if str(abs(one) if one == 0 else one) == value]
             chosen = [i for i in found if i in places]
             assert chosen == places[: len(chosen)]
+
+
+def half_precision(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return chosen(F.linear(x.flatten(0, 1).float(), weight.half().float()))
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_both_operands_have_one_dtype(dtype: torch.dtype, found: bool) -> None:
+    gm = traced(half_precision, dtype=dtype)
+    rewritten(gm)
+    assert (MM_FLOAT32 in targets(gm)) == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_product_and_its_gradients_are_those_of_float32(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((3, 7), (7, 5)))
+    torch.library.opcheck(torch.ops.s2o.mm_float32.default, (a, b))
+    grad = torch.randn(3, 5)
+    cast, found = a.float() @ b.float(), mm_float32(a, b)
+    assert torch.equal(found, cast)
+    for one, other in zip(*(torch.autograd.grad(y, (a, b), grad) for y in (found, cast)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.bfloat16)])
+def test_a_product_of_other_operands_is_refused(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    with pytest.raises(ValueError, match=r"mm_float32 takes \(T, K\) and \(K, N\)"):
+        mm_float32(torch.zeros(2, 3, dtype=dtypes[0]), torch.zeros(3, 2, dtype=dtypes[1]))
 
 
 def test_opcheck_and_gradients() -> None:
