@@ -1,4 +1,4 @@
-"""What routers compute on a GPU: scores against float64, choices against a stable sort, and both in a compiled layer."""
+"""What routers compute on a GPU: scores beside float64, choices beside a stable sort, both in a compiled layer."""
 
 from __future__ import annotations
 
