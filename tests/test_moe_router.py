@@ -154,6 +154,22 @@ def test_a_bias_is_added_behind_the_product() -> None:
     assert_same(fx.Interpreter(gm).run(*data), expected)
 
 
+def test_the_score_of_an_only_group_may_be_read() -> None:
+    def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scores = scores_of(x, weight)
+        best = scores.view(-1, 1, EXPERTS).topk(2, dim=-1)[0].sum(-1)
+        score, index = torch.topk(best, k=1, dim=-1)
+        ids, p = chosen(scores)
+        return ids + index, p * score
+
+    gm, data = traced(route), inputs()
+    expected = fx.Interpreter(gm).run(*data)
+    said = rewritten(gm)
+    assert said[1:] == ["the largest 2 of 12 in one launch", "the largest 3 of 12 in one launch", said[-1]]
+    assert aten.topk.default not in targets(gm)
+    assert_same(fx.Interpreter(gm).run(*data), expected)
+
+
 def test_a_cast_with_other_readers_stays() -> None:
     def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ids, p = plain(x, weight)
@@ -180,8 +196,8 @@ def in_bfloat16(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def of_a_strided_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The cast makes a copy, of which the view is one; of its source there is no such view."""
-    rows = x[..., : WIDTH // 2].float().view(2, -1).view(-1, WIDTH // 2)
-    return chosen(F.linear(rows, weight[:, : WIDTH // 2].float()))
+    rows = x[..., :WIDTH].float().view(2, -1).view(-1, WIDTH)
+    return chosen(F.linear(rows, weight[:, :WIDTH].float()))
 
 
 def scaled_bias(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +207,7 @@ def scaled_bias(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("route", [of_float32_weights, of_a_scaled_input, in_bfloat16, of_a_strided_input, scaled_bias])
 def test_products_that_stay(route: Route) -> None:
-    gm = traced(route, width=WIDTH)
+    gm = traced(route, width=2 * WIDTH)
     before = [target for target in targets(gm) if target is not aten.topk.default]
     said = rewritten(gm)
     assert [target for target in targets(gm) if target is not torch.ops.s2o.top_k.default] == before
@@ -226,7 +242,7 @@ def test_selections_that_stay(choose: Callable[[Tensor], tuple[Tensor, Tensor]])
     assert not rewritten(gm) and str(gm.graph) == before
 
 
-@pytest.mark.parametrize("how", [{"device": "cpu"}, {"width": 24}, {"dtype": torch.float32}])
+@pytest.mark.parametrize("how", [{"device": "cpu"}, {"width": 24}, {"dtype": torch.float32}, {"dtype": torch.float64}])
 def test_where_there_is_nothing_to_gain(how: dict[str, Any]) -> None:
     gm = traced(plain, **how)
     rewritten(gm)
