@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from s2o_inductor.passes import rewrite
 from s2o_inductor.passes.graph_utils import argument, same, size_of
-from s2o_inductor.router_ops import HALVES, is_selected
+from s2o_inductor.router_ops import HALVES, is_multiplied, is_selected
 
 aten = torch.ops.aten
 # As both compilers of a joint graph write them.
@@ -40,8 +40,6 @@ _ROUTING: frozenset[Any] = _VIEWS | _CASTS | {
     aten.sum.dim_IntList, aten.amax.default, aten._softmax.default, aten.clone.default, aten.detach.default,
     aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
-# Rows that are no multiple of so many numbers are slow to read in half precision.
-_LOADED_TOGETHER = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +127,8 @@ def _product(node: fx.Node) -> tuple[fx.Node, Unwidened, Unwidened] | None:
     if node.target not in _PRODUCTS or node.kwargs:  # beta and alpha of addmm
         return None
     value, depth = _value(node), _value(node.args[-1]).shape[0]
-    if value.device.type != "cuda" or value.dtype != torch.float32 or not isinstance(value.shape[1], int):
-        return None
-    if not isinstance(depth, int) or depth % _LOADED_TOGETHER:
+    constant = isinstance(depth, int) and isinstance(value.shape[1], int)
+    if value.dtype != torch.float32 or not constant or not is_multiplied(value.device, depth):
         return None
     left, right = map(_unwidened, node.args[-2:])
     if left is None or right is None or _value(left.source).dtype != _value(right.source).dtype:

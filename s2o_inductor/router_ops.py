@@ -21,6 +21,8 @@ MAX_CHOICES = 64
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Dtypes of which two numbers have a product that is exact in float32.
 HALVES = (torch.bfloat16, torch.float16)
+# Rows that are no multiple of so many numbers are slow to read in half precision.
+_LOADED_TOGETHER = 16
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
 
@@ -67,6 +69,11 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     found: tuple[Tensor, Tensor] = torch.ops.s2o.top_k(x, k)
     return found
+
+
+def is_multiplied(device: torch.device, depth: int) -> bool:
+    """Whether passes put `mm_float32` in place of a product of so many terms a sum."""
+    return device.type == "cuda" and depth % _LOADED_TOGETHER == 0
 
 
 def is_selected(x: Tensor, k: int) -> bool:
