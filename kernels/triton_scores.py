@@ -24,9 +24,10 @@ from s2o_inductor.kernels.triton_moe_tiles import Tile
 
 # Steps of tensor cores between two additions in float32.
 _RUN = 2
-# Programs per multiprocessor from which on cutting sums into parts, so that all work, is worth a second launch.
+# Programs per multiprocessor up to which sums are cut into parts, so that all work; their parts are added in a second
+# launch, which more than 8 of them make slow (H100, 512 columns of 4,096 terms).
 _PROGRAMS = 2
-_MOST_PARTS = 16
+_MOST_PARTS = 8
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -90,7 +91,7 @@ def tiles_of(rows: int) -> list[Tile]:
     """Ways to run so many rows, fastest first."""
     last = Tile(16, 32, 4, 1, depth=32)
     if rows <= 16:
-        return [Tile(16, 32, 4, 2, depth=128), last]
+        return [Tile(16, 32, 4, 3, depth=128), last]
     if rows <= 1024:
         return [Tile(64, 64, 4, 3), Tile(64, 64, 4, 1), last]
     return [Tile(128, 128, 8, stages) for stages in (3, 2)] + [Tile(64, 64, 4, 1), last]
@@ -101,7 +102,7 @@ def parts_of(tile: Tile, rows: int, columns: int, depth: int, processors: int) -
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.keys)
     most = min(_MOST_PARTS, triton.cdiv(depth, _RUN * tile.depth))
     parts = 1
-    while 2 * parts <= most and 2 * parts * tiles <= 2 * _PROGRAMS * processors and tiles < processors:
+    while 2 * parts <= most and 2 * parts * tiles <= _PROGRAMS * processors and tiles < processors:
         parts *= 2
     return parts
 

@@ -358,13 +358,13 @@ def use_only_column(graph: fx.Graph, node: fx.Node, scores: fx.Node) -> None:
     for reader in list(node.users):
         result = node.all_input_nodes[0]
         if reader.args[1] == 1:
-            last = scores.meta["val"].dim() - 1
+            value = reader.meta["val"]
             with graph.inserting_before(reader):
-                column = graph.call_function(torch.ops.aten.slice.Tensor, (scores, last, 0, 1))
-                result = graph.call_function(torch.ops.aten.full_like.default, (column, 0), {"dtype": torch.int64})
-            with reader.meta["val"].fake_mode:
-                column.meta.update(_shared_meta(reader), val=scores.meta["val"].narrow(last, 0, 1))
-            result.meta.update(_shared_meta(reader), val=reader.meta["val"])
+                sizes = [*(_size(graph, scores, dim) for dim in range(value.dim() - 1)), 1]
+                # As traced graphs hold it: full_like, which would do, is an operator that Inductor decomposes before.
+                layout = {"dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False}
+                result = graph.call_function(torch.ops.aten.full.default, (sizes, 0), layout)
+            result.meta.update(_shared_meta(reader), val=value)
         reader.replace_all_uses_with(result)
         graph.erase_node(reader)
     erase_dead_ancestors(graph, [node])
