@@ -9,6 +9,8 @@ router's have one number per expert: they are read once and stay in registers.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if values.numel() == 0:
         return values, indices
     columns = x.shape[-1]
-    flat = x.reshape(-1, columns)
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
     with torch.cuda.device_of(x):
         launch(
             _top_k_kernel, [config_of(flat.shape[0], columns)], lambda config: triton.cdiv(flat.shape[0], config.rows),
@@ -71,6 +73,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+@functools.lru_cache(maxsize=1024)
 def config_of(rows: int, columns: int) -> Config:
     """How rows of so many columns are shared out."""
     block = max(2, triton.next_power_of_2(columns))

@@ -8,7 +8,9 @@ the product that made them. On the way it finds
 * `torch.topk` over few columns, for `s2o::top_k`;
 * `torch.topk` over one column, as of a router with a single group of experts: that is the column itself.
 
-Only routers are looked at, where all this was measured: it is no rule about products and selections as such.
+Only routers are looked at, where all this was measured: it is no rule about products and selections as such. A router
+of a few tokens outside of CUDA graphs waits for the host, which launches torch's own kernels faster: there only what is
+left out is a gain.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import config as inductor_config
 
 from s2o_inductor.passes import rewrite
 from s2o_inductor.passes.graph_utils import argument, same, size_of
@@ -40,6 +43,8 @@ _ROUTING: frozenset[Any] = _VIEWS | _CASTS | {
     aten.sum.dim_IntList, aten.amax.default, aten._softmax.default, aten.clone.default, aten.detach.default,
     aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
+# Rows up to which the host takes longer to launch our kernels than the device takes to run torch's.
+_FEW_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +96,25 @@ class Router:
 
 def find_routers(graph: fx.Graph) -> list[Router]:
     """The routers in which something may change, with fake values under meta["val"]; a node belongs to one alone."""
-    found: list[Router] = []
+    routers: list[Router] = []
     seen: set[fx.Node] = set()
     order = {node: index for index, node in enumerate(graph.nodes)}
     for op in rewrite.experts(graph):
         nodes = sorted(_behind(op, seen), key=order.__getitem__)
-        products = tuple(product for node in nodes if (product := _product(node)) is not None)
+        waits = _waits_for_the_host(op)
+        products = tuple(found for node in nodes if not waits and (found := _product(node)) is not None)
         chosen = [(node, selection) for node in nodes if (selection := _selection(node)) is not None]
-        selections = tuple((node, selection) for node, selection in chosen if selection.columns > 1)
+        selections = tuple((node, selection) for node, selection in chosen if not waits and selection.columns > 1)
         only = tuple((node, _as_many(node, nodes)) for node, selection in chosen if selection.columns == 1)
-        if chosen or products:
-            found.append(Router(rewrite.experts_site(op), products, selections, only))
-    return found
+        if selections or only or products:
+            routers.append(Router(rewrite.experts_site(op), products, selections, only))
+    return routers
+
+
+def _waits_for_the_host(op: fx.Node) -> bool:
+    """Whether an op of routed experts is known to get few tokens, and no CUDA graph launches its router."""
+    tokens = _value(rewrite.routing(op)[0]).shape[0]
+    return isinstance(tokens, int) and tokens <= _FEW_ROWS and not inductor_config.triton.cudagraphs
 
 
 def _behind(op: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:

@@ -27,7 +27,7 @@ from s2o_inductor.router_ops import mm_float32, top_k
 
 aten = torch.ops.aten
 MM_FLOAT32 = torch.ops.s2o.mm_float32.default
-WIDTH, EXPERTS, SITE = 16, 12, "layer#1@0"
+WIDTH, EXPERTS, TOKENS, SITE = 16, 12, 20, "layer#1@0"
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -69,20 +69,25 @@ def layer(route: Route) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tens
     return run
 
 
-def inputs(tokens: Any = 6, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+def inputs(tokens: Any = TOKENS, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     shapes = ((1, tokens, width), (EXPERTS, width), (EXPERTS, 4, width), (EXPERTS, width, 4))
     return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
 
 
 def traced(
-    route: Route, *, symbolic: bool = False, decompose: bool = True, device: str = "cuda", **how: Any
+    route: Route,
+    *,
+    symbolic: bool = False,
+    decompose: bool = True,
+    device: str = "cuda",
+    tokens: Any = TOKENS,
+    **how: Any,
 ) -> fx.GraphModule:
     """The functional graph of a layer that says that its tensors are on a GPU, and runs here."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    tokens: Any = 6
     if symbolic:
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        tokens = mode.from_tensor(torch.empty(6), symbolic_context=context).shape[0]
+        tokens = mode.from_tensor(torch.empty(TOKENS), symbolic_context=context).shape[0]
     with mode:
         data = inputs(tokens, **how)
     table = select_decomp_table() if decompose else {}
@@ -257,6 +262,23 @@ def test_where_there_is_nothing_to_gain(how: dict[str, Any]) -> None:
     assert (torch.ops.s2o.top_k.default in targets(gm)) == ("device" not in how)
 
 
+@pytest.mark.parametrize(("graphs", "symbolic"), [(False, False), (True, False), (False, True)])
+def test_few_tokens_outside_of_cuda_graphs(graphs: bool, symbolic: bool) -> None:
+    gm = traced(grouped(1, 1), tokens=4, symbolic=symbolic)
+    with torch._inductor.config.patch("triton.cudagraphs", graphs):
+        said = rewritten(gm)
+    assert said[-1] == "no choice of one among one" and len(said) == (3 if graphs or symbolic else 1)
+    assert targets(gm).count(aten.topk.default) == (0 if graphs or symbolic else 1)
+
+
+def test_what_is_inserted_is_ours_or_in_such_graphs() -> None:
+    """Inductor neither decomposes nor always lowers what a pass inserts behind its decompositions."""
+    gm = traced(grouped(1, 1))
+    before = set(targets(gm))
+    rewritten(gm)
+    assert set(targets(gm)) - before == {MM_FLOAT32, torch.ops.s2o.top_k.default}
+
+
 def test_what_is_no_router_stays() -> None:
     def run(x: Tensor, weight: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return torch.topk(scores_of(x, weight), 3)
@@ -353,7 +375,7 @@ def test_a_compiled_layer(training: bool, inner: str, monkeypatch: pytest.Monkey
     for name in ("is_selected", "is_multiplied"):
         monkeypatch.setattr(moe_router, name, lambda *_: True)  # as on a GPU
     torch.manual_seed(0)
-    model, x = moe_idioms.CAPTURED["latent"]().bfloat16(), torch.randn(2, 6, 24).bfloat16()
+    model, x = moe_idioms.CAPTURED["latent"]().bfloat16(), torch.randn(2, TOKENS, 24).bfloat16()
     said, results = [], []
     for disable in ([], ["router"]):
         torch._dynamo.reset()
