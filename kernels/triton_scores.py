@@ -2,8 +2,9 @@
 
 Products of two bfloat16 or float16 numbers are exact in float32, so a sum of them on tensor cores has the terms that
 the cast operands would have. But tensor cores cut off what a float32 accumulator cannot hold instead of rounding it,
-always towards zero, and over the thousands of terms of a router's scores that adds up to several times the error of
-sums in float32. So they sum short runs of terms, whose results are added up outside, rounded to nearest.
+always towards zero, and over the 4,096 terms of a router's scores that adds up to seven times the error of sums in
+float32 (rms, H100). So they sum short runs of terms, whose results are added up outside, rounded to nearest: a quarter
+of the error of sums in float32.
 """
 
 # Device code has no types that mypy knows.
