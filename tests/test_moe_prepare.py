@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import s2o_inductor
-from s2o_inductor import moe_list_ops
+from s2o_inductor import moe_list_ops, moe_ops
+from s2o_inductor.kernels import moe_cpu
+from s2o_inductor.loops import preparation
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
 
@@ -263,6 +265,66 @@ def test_modules_that_loop_over_no_data_are_no_candidates() -> None:
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 32), 2)
     chain = nn.Sequential(*(moe_idioms.MLP(24, 16) for _ in range(3)))
     assert not s2o_inductor.prepare(nn.ModuleList([Dense(), layers, chain])).entries
+
+
+# -------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("name", ["hit experts", "folded matrices"])
+def test_a_device_without_an_operator_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA is: what is read is verified in float64 all the same, and modules in float64 are declined."""
+
+    def forward(experts: Any, z: Tensor, *rest: Any) -> Any:
+        if z.dtype == torch.float64:
+            raise NotImplementedError("no float64")
+        return kernel(experts, z, *rest)
+
+    kernel = moe_cpu.forward
+    monkeypatch.setattr(moe_cpu, "forward", forward)
+    monkeypatch.setitem(moe_ops._KERNELS, "cpu", (torch.float32,))
+    model = moe_idioms.LOOPS[name]()
+    exact = copy.deepcopy(model).double()
+    assert {entry.verified for entry in s2o_inductor.prepare(model).prepared} == {
+        "values and gradients verified in float64"
+    }
+    names, x = [sorted(vars(module)) for module in exact.modules()], torch.randn(2, 4, 24)
+    assert "no CPU kernel for experts in torch.float64" in s2o_inductor.prepare(exact).declined[0].reason
+    assert [sorted(vars(module)) for module in exact.modules()] == names
+    torch.testing.assert_close(first(model(x)).double(), first(exact(x.double())), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["probe.probe", "probe.replacement", "comparison.compare"])
+def test_what_fails_half_way_leaves_no_module_half_prepared(
+    where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error declines the module it is of; an interrupt also undoes what was done before."""
+    model = nn.Sequential(moe_idioms.HitExperts(), moe_idioms.HitExperts())
+    names, calls, last = state(model)["names"], 0, 2**31
+
+    def fails(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > last:
+            raise error("half way")
+        return function(*args)
+
+    owner, name = where.split(".")
+    function = getattr(getattr(preparation, owner), name)
+    monkeypatch.setattr(getattr(preparation, owner), name, fails)
+    assert len(s2o_inductor.prepare(model).prepared) == 2
+    s2o_inductor.restore(model)
+    calls, last = 0, calls // 2  # the second module is prepared first
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            s2o_inductor.prepare(model)
+        assert s2o_inductor.restore(model) == 0
+    else:
+        declined, prepared = s2o_inductor.prepare(model).entries
+        assert (declined.where, prepared.where, prepared.status) == ("0", "1", "prepared")
+        assert "ZeroDivisionError: half way" in declined.reason
+        assert s2o_inductor.restore(model) == 1
+    assert state(model)["names"] == names
 
 
 # ------------------------------------------------------------------------------------------ report

@@ -35,11 +35,13 @@ def runs(module: nn.Module, run: Inputs) -> bool:
     return True
 
 
-def cast(run: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same inputs, floating ones in another dtype."""
+def cast(run: Inputs, dtype: torch.dtype, device: str | None = None) -> Inputs:
+    """The same inputs, floating ones in another dtype; tensors on another device, if one is given."""
 
     def one(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
     return tuple(map(one, run[0])), {name: one(x) for name, x in run[1].items()}
 

@@ -106,17 +106,24 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
         Every module with experts in a loop: prepared, or declined with the reason.
 
     Raises:
-        S2OError: the model does not run on `sample`.
+        S2OError: the model does not run on `sample`. This and any other exception leaves the model as it was.
     """
     candidates = [(name, module) for name, module in model.named_modules() if _may_hold_experts(module)]
     seen = {} if sample is None else _record(model, sample, [module for _, module in candidates])
-    entries = []
-    # Children first: a block is no candidate any more once its experts are prepared.
-    for name, module in reversed(candidates):
-        entry = _prepare_module(name, module, seen.get(module, []))
-        if entry is not None:
-            entries.append(entry)
-            log.info("%s %s: %s", entry.status, name, entry.reason or entry.formula)
+    entries: list[Entry] = []
+    before = {module for _, module in candidates if _SWAPPED in vars(module)}
+    try:
+        # Children first: a block is no candidate any more once its experts are prepared.
+        for name, module in reversed(candidates):
+            entry = _prepare_module(name, module, seen.get(module, []))
+            if entry is not None:
+                entries.append(entry)
+                log.info("%s %s: %s", entry.status, name, entry.reason or entry.formula)
+    except BaseException:  # an interrupt by the user, too: without a result nobody knows what was prepared
+        for _, module in candidates:
+            if module not in before:
+                _restore_module(module)
+        raise
     # What lies inside a prepared module is not called any more: that it could not be prepared itself is no news.
     inside = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _SWAPPED in vars(module))
     kept = [entry for entry in entries if entry.status == "prepared" or not entry.where.startswith(inside)]
@@ -125,11 +132,15 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
 
 def restore(model: nn.Module) -> int:
     """Undoes `prepare`; returns how many modules were prepared."""
-    found = [module for module in model.modules() if _SWAPPED in vars(module)]
-    for module in found:
-        for name in vars(module).pop(_SWAPPED):
-            del vars(module)[name]
-    return len(found)
+    return sum(_restore_module(module) for module in list(model.modules()))
+
+
+def _restore_module(module: nn.Module) -> bool:
+    """Takes the swapped methods off a module; whether it had any."""
+    names = vars(module).pop(_SWAPPED, None)
+    for name in names or ():
+        vars(module).pop(name, None)
+    return names is not None
 
 
 def _may_hold_experts(module: nn.Module) -> bool:
@@ -185,6 +196,9 @@ def _prepare_module(where: str, module: nn.Module, given: list[Inputs]) -> Entry
             return _Module(where, module).prepare(given)
     except (NotExperts, NoSource) as error:
         return Entry(where, "declined", str(error))
+    except Exception as error:  # a user's code, run in ways it was not written for: one module less, not none
+        log.debug("%s could not be searched for experts", where, exc_info=True)
+        return Entry(where, "declined", f"looking for its experts failed: {type(error).__name__}: {error}")
 
 
 @dataclasses.dataclass
@@ -193,6 +207,11 @@ class _Module:
 
     where: str
     module: nn.Module
+
+    @property
+    def small(self) -> bool:
+        """Whether there is room for copies of it in float64."""
+        return sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
 
     def prepare(self, given: list[Inputs]) -> Entry | None:
         runs = [run for run in given or list(self._random_inputs()) if comparison.runs(self.module, run)]
@@ -236,6 +255,8 @@ class _Module:
               for path in weights.containers(self.module)),
             *weights.stacked_numbers(self.module),
         ]  # fmt: skip
+        if parameter.is_cuda and len(set(numbers)) > 1:
+            numbers = []  # too large an expert number is an error on a CPU, but the end of all CUDA work of a process
         generator = torch.Generator().manual_seed(0)
 
         def tensor(*shape: int) -> Tensor:
@@ -251,15 +272,27 @@ class _Module:
                     yield tuple(three[at] for at in order), {}
 
     def _find(self, run: Inputs, training: bool) -> tuple[Experts, Found]:
-        """The experts and the loop that sums them, read from a run in float64 where the module is small.
+        """The experts and the loop that sums them.
+
+        A small module is searched in float64, where sums are exact enough to be told apart, and on the CPU, where
+        every operator takes float64. A large one is searched as it is, and so is one that runs on its device alone.
 
         Raises:
             NotExperts, NoSource: what stands in the way.
         """
-        small = sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
-        subject = comparison.in_double(self.module) if small else self.module
+        if self.small:
+            twin = comparison.in_double(self.module).cpu()
+            try:
+                return self._search(twin, comparison.cast(run, torch.float64, "cpu"), training)
+            except (NotExperts, NoSource):
+                raise
+            except Exception:  # not by what it computes, as those above: by where or how precisely
+                log.debug("%s runs neither on the CPU nor in float64", self.where, exc_info=True)
+        return self._search(self.module, run, training)
+
+    def _search(self, subject: nn.Module, run: Inputs, training: bool) -> tuple[Experts, Found]:
+        """`_find` by a run of the module or of a copy of it."""
         subject.train(training)
-        run = comparison.cast(run, torch.float64) if small else run
         paths = list(weights.containers(self.module))
         reason: Exception = NotExperts("its parameters are not the experts of a loop")
         readers: list[Callable[[], Experts]] = [
@@ -290,8 +323,7 @@ class _Module:
         return weights.read_stacked(few, number, kept, first_expert, args[0].shape[-1])
 
     def _swap(self, found: Sequence[tuple[Found, Experts]], run: Inputs, modes: Sequence[bool]) -> Entry:
-        small = sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
-        gold_of = comparison.in_double(self.module) if small else None
+        gold_of = comparison.in_double(self.module) if self.small else None
         cases = [(case, mode) for mode in modes for case in comparison.variants(run)]
         expected = []
         for case, mode in cases:
@@ -299,24 +331,27 @@ class _Module:
             if gold_of is not None:
                 gold = comparison.results(gold_of, comparison.cast(case, torch.float64), mode)
             expected.append((comparison.results(self.module, case, mode), gold))
-        outcome = verify.Outcome(False, "")
-        for detached in (False, True):
-            for one, experts in found:
-                roles = dataclasses.replace(one.roles, detached=detached)
-                changed = probe.replacement(dataclasses.replace(one, roles=roles), experts, f"{self.where}{PREPARED}")
-                vars(self.module)[one.method] = types.MethodType(changed, self.module)
-            try:
-                outcome = comparison.compare([comparison.results(self.module, *case) for case in cases], expected)
-            except Exception as error:  # a user's code, changed by us: any failure means "not proved"
-                outcome = verify.Outcome(False, f"{type(error).__name__}: {error}")
-            if outcome.passed:
-                break
         methods = tuple(one.method for one, _ in found)
-        if not outcome.passed:
-            for name in methods:
-                del vars(self.module)[name]
-            raise NotExperts(f"with its loop replaced it gives something else: {outcome.detail}")
+        outcome = verify.Outcome(False, "")
         vars(self.module)[_SWAPPED] = methods
+        try:
+            for detached in (False, True):
+                for one, experts in found:
+                    roles = dataclasses.replace(one.roles, detached=detached)
+                    replaced = dataclasses.replace(one, roles=roles)
+                    changed = probe.replacement(replaced, experts, f"{self.where}{PREPARED}")
+                    vars(self.module)[one.method] = types.MethodType(changed, self.module)
+                try:
+                    outcome = comparison.compare([comparison.results(self.module, *case) for case in cases], expected)
+                except Exception as error:  # a user's code, changed by us: any failure means "not proved"
+                    outcome = verify.Outcome(False, f"{type(error).__name__}: {error}")
+                if outcome.passed:
+                    break
+        finally:
+            if not outcome.passed:
+                _restore_module(self.module)
+        if not outcome.passed:
+            raise NotExperts(f"with its loop replaced it gives something else: {outcome.detail}")
         one, experts = found[0]
         formula = dataclasses.replace(experts.spec, score=one.roles.score).describe()
         return Entry(self.where, "prepared", "", experts.number, formula, methods, outcome.detail)
