@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import moe_idioms
+import other_device
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 import s2o_inductor
 from s2o_inductor import moe_list_ops, moe_ops
-from s2o_inductor.kernels import moe_cpu
 from s2o_inductor.loops import preparation
 from s2o_inductor.moe_ops import moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
@@ -267,30 +267,57 @@ def test_modules_that_loop_over_no_data_are_no_candidates() -> None:
     assert not s2o_inductor.prepare(nn.ModuleList([Dense(), layers, chain])).entries
 
 
-# -------------------------------------------------------------------------------------------- failures
+# -------------------------------------------------------------------------------- other devices, failures
 
 
-@pytest.mark.parametrize("name", ["hit experts", "folded matrices"])
-def test_a_device_without_an_operator_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As CUDA is: what is read is verified in float64 all the same, and modules in float64 are declined."""
+class Reshaping(moe_idioms.EveryExpert):
+    """Takes hidden states of any width that fills whole rows, and then indexes beyond their end (Qwen3-MoE)."""
 
-    def forward(experts: Any, z: Tensor, *rest: Any) -> Any:
-        if z.dtype == torch.float64:
-            raise NotImplementedError("no float64")
-        return kernel(experts, z, *rest)
+    def forward(self, x: Tensor) -> Tensor:
+        ids, p = self.route(x.view(-1, 24))
+        flat = x.view(-1, x.shape[-1])
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            out[token] += p[token, slot, None] * expert(flat[token])
+        return out.view_as(x)
 
-    kernel = moe_cpu.forward
-    monkeypatch.setattr(moe_cpu, "forward", forward)
-    monkeypatch.setitem(moe_ops._KERNELS, "cpu", (torch.float32,))
-    model = moe_idioms.LOOPS[name]()
-    exact = copy.deepcopy(model).double()
-    assert {entry.verified for entry in s2o_inductor.prepare(model).prepared} == {
-        "values and gradients verified in float64"
-    }
-    names, x = [sorted(vars(module)) for module in exact.modules()], torch.randn(2, 4, 24)
-    assert "no CPU kernel for experts in torch.float64" in s2o_inductor.prepare(exact).declined[0].reason
-    assert [sorted(vars(module)) for module in exact.modules()] == names
-    torch.testing.assert_close(first(model(x)).double(), first(exact(x.double())), rtol=1e-5, atol=1e-5)
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device like CUDA: no operator in float64, and the first failure there is the last thing that happens."""
+    monkeypatch.setitem(moe_ops._KERNELS, other_device.DEVICE.type, (torch.float32,))
+    monkeypatch.setattr(moe_ops, "ROUTED_DEVICES", ("cpu", other_device.DEVICE.type))
+    monkeypatch.setattr(preparation, "_is_plain", lambda _: True)
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != other_device.DEVICE.type and enabled(kind))
+    other_device.broken.clear()
+    with other_device.Installed():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [("hit experts", True), ("hit experts", False), ("folded matrices", True), ("strange sizes", True)],
+)
+def test_models_on_another_device(name: str, small: bool, elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may fail is tried on the CPU, and nothing meets tensors of another device."""
+    monkeypatch.setattr(preparation, "MAX_DOUBLE", 2**25 if small else 0)
+    model = other_device.put_there(nn.Sequential(Reshaping() if name == "strange sizes" else moe_idioms.LOOPS[name]()))
+    x = torch.randn(2, 4, 24).to(other_device.DEVICE)
+    expected = first(model(x)).to("cpu")
+    (entry,) = s2o_inductor.prepare(model).entries
+    assert not other_device.broken
+    assert entry.status == "prepared" and entry.verified.endswith("in float64") == small, entry
+    torch.testing.assert_close(first(model(x)).to("cpu"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_in_float64_on_a_device_without_such_operators(elsewhere: None) -> None:
+    model = other_device.put_there(moe_idioms.HitExperts().double())
+    names = state(model)["names"]
+    (entry,) = s2o_inductor.prepare(model).entries
+    assert entry.status == "declined" and "kernel for experts in torch.float64" in entry.reason
+    assert state(model)["names"] == names and not other_device.broken
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])

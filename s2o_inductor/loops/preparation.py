@@ -201,12 +201,22 @@ def _prepare_module(where: str, module: nn.Module, given: list[Inputs]) -> Entry
         return Entry(where, "declined", f"looking for its experts failed: {type(error).__name__}: {error}")
 
 
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (nn.Parameter, Tensor)
+
+
 @dataclasses.dataclass
 class _Module:
     """One module on its way to be prepared."""
 
     where: str
     module: nn.Module
+    tried: nn.Module = dataclasses.field(init=False)  # what calls of unknown outcome are made of
+
+    def __post_init__(self) -> None:
+        # An index out of bounds is an error that can be caught on a CPU, and the end of a process's work on CUDA.
+        self.device = next(self.module.parameters()).device
+        self.tried = self.module if self.device.type == "cpu" else comparison.on_cpu(self.module)
 
     @property
     def small(self) -> bool:
@@ -214,7 +224,8 @@ class _Module:
         return sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
 
     def prepare(self, given: list[Inputs]) -> Entry | None:
-        runs = [run for run in given or list(self._random_inputs()) if comparison.runs(self.module, run)]
+        given = [comparison.moved(run, "cpu") for run in given] or list(self._random_inputs())
+        runs = [run for run in given if comparison.runs(self.tried, run)]
         if not runs:
             raise NoSource("it does not run on random hidden states; give prepare a sample of the model's inputs")
         modes = [mode for mode in (self.module.training, not self.module.training) if self._loops(runs[0], mode)]
@@ -225,7 +236,7 @@ class _Module:
             raise NotExperts(f"no {first.device.type.upper()} kernel for experts in {first.dtype} in this version")
         if any(name in vars(self.module) for name in probe.methods(self.module)):
             raise NotExperts("another program has replaced a method of it")
-        if any(type(x) not in (nn.Parameter, Tensor) for x in self.module.parameters()):
+        if not all(map(_is_plain, self.module.parameters())):
             raise NotExperts("its parameters are of a class of their own, such as sharded or quantised ones")
         found: dict[str, tuple[Found, Experts]] = {}
         reasons: list[str] = []
@@ -240,11 +251,9 @@ class _Module:
         return self._swap(list(found.values()), runs[0], modes)
 
     def _loops(self, run: Inputs, training: bool) -> bool:
-        self.module.train(training)
+        self.tried.train(training)
         with torch.no_grad():
-            return comparison.runs(self.module, run) and probe.depends_on_data(
-                lambda: comparison.call(self.module, run)
-            )
+            return comparison.runs(self.tried, run) and probe.depends_on_data(lambda: comparison.call(self.tried, run))
 
     def _random_inputs(self) -> Iterator[Inputs]:
         """Hidden states alone, and with expert numbers and routing weights in any order."""
@@ -255,44 +264,29 @@ class _Module:
               for path in weights.containers(self.module)),
             *weights.stacked_numbers(self.module),
         ]  # fmt: skip
-        if parameter.is_cuda and len(set(numbers)) > 1:
-            numbers = []  # too large an expert number is an error on a CPU, but the end of all CUDA work of a process
         generator = torch.Generator().manual_seed(0)
 
         def tensor(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
+            return torch.randn(shape, generator=generator).to(parameter.dtype)
 
         for width in sizes:
             yield (tensor(2, _TOKENS // 2, width),), {}
             yield (tensor(_TOKENS, width),), {}
             for number in numbers:
                 ids = torch.rand(_TOKENS, number, generator=generator).topk(min(2, number)).indices
-                three = (tensor(_TOKENS, width), ids.to(parameter.device), tensor(*ids.shape).abs())
+                three = (tensor(_TOKENS, width), ids, tensor(*ids.shape).abs())
                 for order in ((0, 1, 2), (0, 2, 1)):
                     yield tuple(three[at] for at in order), {}
 
     def _find(self, run: Inputs, training: bool) -> tuple[Experts, Found]:
-        """The experts and the loop that sums them.
-
-        A small module is searched in float64, where sums are exact enough to be told apart, and on the CPU, where
-        every operator takes float64. A large one is searched as it is, and so is one that runs on its device alone.
+        """The experts and the loop that sums them, read from a run in float64 where the module is small.
 
         Raises:
             NotExperts, NoSource: what stands in the way.
         """
-        if self.small:
-            twin = comparison.in_double(self.module).cpu()
-            try:
-                return self._search(twin, comparison.cast(run, torch.float64, "cpu"), training)
-            except (NotExperts, NoSource):
-                raise
-            except Exception:  # not by what it computes, as those above: by where or how precisely
-                log.debug("%s runs neither on the CPU nor in float64", self.where, exc_info=True)
-        return self._search(self.module, run, training)
-
-    def _search(self, subject: nn.Module, run: Inputs, training: bool) -> tuple[Experts, Found]:
-        """`_find` by a run of the module or of a copy of it."""
+        subject = comparison.on_cpu(self.module, torch.float64) if self.small else self.tried
         subject.train(training)
+        run = comparison.moved(run, "cpu", torch.float64) if self.small else run
         paths = list(weights.containers(self.module))
         reason: Exception = NotExperts("its parameters are not the experts of a loop")
         readers: list[Callable[[], Experts]] = [
@@ -312,7 +306,7 @@ class _Module:
         if len(args) != 3:
             raise NotExperts("its experts are stacked, and it does not take tokens, expert numbers and weights")
         kept = min(number, 4)
-        few = comparison.in_double(self.module, stacked=(number, kept))
+        few = comparison.on_cpu(self.module, torch.float64, stacked=(number, kept))
         names = list(run[1]) if run[1] else None
 
         def first_expert(owner: nn.Module, rows: Tensor) -> Any:
@@ -323,14 +317,17 @@ class _Module:
         return weights.read_stacked(few, number, kept, first_expert, args[0].shape[-1])
 
     def _swap(self, found: Sequence[tuple[Found, Experts]], run: Inputs, modes: Sequence[bool]) -> Entry:
-        gold_of = comparison.in_double(self.module) if self.small else None
-        cases = [(case, mode) for mode in modes for case in comparison.variants(run)]
-        expected = []
-        for case, mode in cases:
+        gold_of = comparison.on_cpu(self.module, torch.float64) if self.small else None
+        cases, expected = [], []
+        for mode, case in itertools.product(modes, comparison.variants(run)):
             gold = None
             if gold_of is not None:
-                gold = comparison.results(gold_of, comparison.cast(case, torch.float64), mode)
-            expected.append((comparison.results(self.module, case, mode), gold))
+                gold = comparison.results(gold_of, comparison.moved(case, "cpu", torch.float64), mode)
+            elif self.tried is not self.module:
+                comparison.call(self.tried.train(mode), case)
+            # What ran on the CPU may run on the module's own device.
+            cases.append((comparison.moved(case, self.device), mode))
+            expected.append((comparison.results(self.module, *cases[-1]), gold))
         methods = tuple(one.method for one, _ in found)
         outcome = verify.Outcome(False, "")
         vars(self.module)[_SWAPPED] = methods
