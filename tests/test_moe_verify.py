@@ -126,5 +126,5 @@ def test_nodes_of_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_index_out_of_bounds_is_found_before_a_gpu_meets_it() -> None:
     _, site = captured("batched_mm", *SIZES["plain"])
-    with pytest.raises(Refusal, match="could not be verified: index .* out of bounds"):
+    with pytest.raises(Refusal, match=r"could not be verified: index .* out of bounds"):
         moe_verify._try_on_cpu(site, inputs_of(site, {64: 8}), {})
