@@ -75,7 +75,9 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
     Experts that are separate tensors go to `s2o::moe_experts_list`.
     """
     output, separate = made(site.output), isinstance(site.w2, tuple)
-    keep = any(value.requires_grad for node in site.region if (value := fake(node)) is not None)
+    # A view of a parameter says that it requires a gradient under no_grad as well; but there it is a leaf.
+    values = [value for node in site.region if (value := fake(node)) is not None]
+    keep = any(value.requires_grad and not value.is_leaf for value in values)
     added: list[fx.Node] = []
 
     def call(method: str, node: fx.Node, *args: Any) -> fx.Node:
