@@ -7,6 +7,7 @@ kernel takes every call.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,19 @@ try:
     from s2o_inductor.kernels import gluon_sparse_attention as kernels
 except (ImportError, AttributeError):
     kernels = None  # type: ignore[assignment]
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from s2o_inductor.kernels import gluon_sparse_special as special
+except (ImportError, AttributeError):
+    special = None  # type: ignore[assignment]
 
 log = logging.getLogger("s2o_inductor")
 # What a run of keys must be for the kernel's loads.
 _RUN = 8
+# Whether the parts of the rows issue their products in turns.
+_TURNS = False
 # Kinds of calls that did not compile; they are not tried again.
 _failed: set[tuple[Any, ...]] = set()
 
@@ -63,6 +73,27 @@ def attend_configs(
     return [config for config in found if geometry.block % config.keys == 0 and geometry.bundle % config.keys == 0]
 
 
+def special_configs(
+    capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
+) -> list[Config]:
+    """Ways to run the kernel in specialised warps, like `attend_configs`; the warps are those of one part of rows.
+
+    `registers` are those of a thread before the loading warp leaves its own to the others: 384 threads have all.
+    """
+    if special is None or not attend_configs(capability, dtype, widths, tiling, padding) or tiling.geometry.tile != 128:
+        return []
+    geometry = tiling.geometry
+    found = [Config(128, 128, 4, 3, registers=168), Config(128, 128, 4, 2, registers=168)]
+    return [config for config in found if geometry.block % config.keys == 0 and geometry.bundle % config.keys == 0]
+
+
+def runs_of(x: Tensor) -> Any:
+    """x (B, H, S, D), aligned, in pieces of one run and `special.PIECE` columns, as the bulk copy engine loads them."""
+    piece = [1, 1, _RUN, special.PIECE.value]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), piece, layout)
+
+
 def attend(
     q: Tensor, widths: tuple[int, int], tiling: Tiling, padding: Padding, programs: int, named: dict[str, Any]
 ) -> bool:
@@ -78,14 +109,28 @@ def attend(
     """
     if not q.is_cuda:
         return False
-    configs = attend_configs(torch.cuda.get_device_capability(q.device), q.dtype, widths, tiling, padding)
-    kind = (q.device, q.dtype, widths, tiling.geometry)
-    if not configs or kind in _failed:
-        return False
-    try:
-        launch(kernels.attend_kernel, configs, lambda _: programs, lambda config: {**named, "AHEAD": config.stages})
-    except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
-        log.warning("the Gluon kernel does not compile here, Triton's runs instead: %s", str(error)[:500])
-        _failed.add(kind)
-        return False
-    return True
+    call = (torch.cuda.get_device_capability(q.device), q.dtype, widths, tiling, padding)
+
+    def arguments(config: Config) -> dict[str, Any]:
+        return {**named, "AHEAD": config.stages}
+
+    def special_arguments(config: Config) -> dict[str, Any]:
+        descriptors = {f"{name}_desc": runs_of(named[f"{name}_ptr"]) for name in ("k", "v")}
+        parts = config.rows // (16 * config.warps)
+        return {**arguments(config), **descriptors, "PARTS": parts, "TURNS": _TURNS}
+
+    ways: tuple[tuple[Any, Callable[..., list[Config]], Callable[[Config], dict[str, Any]]], ...] = (
+        (special, special_configs, special_arguments), (kernels, attend_configs, arguments)
+    )  # fmt: skip
+    for module, configs_of, arguments_of in ways:
+        configs = configs_of(*call)
+        kind = (configs_of.__name__, q.device, q.dtype, widths, tiling.geometry)
+        if not configs or kind in _failed:
+            continue
+        try:
+            launch(module.attend_kernel, configs, lambda _: programs, arguments_of)
+            return True
+        except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
+            log.warning("a Gluon kernel does not compile here, another runs instead: %s", str(error)[:500])
+            _failed.add(kind)
+    return False
