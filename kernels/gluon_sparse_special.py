@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide, _scores, _softmax
+from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide, _softmax
 from s2o_inductor.kernels.launching import UNSPECIALIZED
 from s2o_inductor.kernels.primitives import LN_2, LOG2_E, schedule
 from s2o_inductor.kernels.triton_sparse_tiles import tile_keys
@@ -60,16 +60,30 @@ def _pass(ring, number):
 
 @gluon.jit
 def _fetch_tile(descriptor, pieces, full, tile, runs, batch, head, BN: gl.constexpr, D: gl.constexpr):
-    """Starts loading the runs of a tile into its place in a ring, given in pieces of one run and PIECE columns."""
-    HALVES: gl.constexpr = D // PIECE
+    """Starts loading the runs of a tile into its place in a ring, given in pieces of one run."""
     COUNT: gl.constexpr = BN // RUN
     place, _ = _turn(full, tile)
     bar = full.index(place)
     mbarrier.expect(bar, BN * D * 2)
     for of_tile in gl.static_range(COUNT):
-        for half in gl.static_range(HALVES):
-            piece = pieces.index((place * HALVES + half) * COUNT + of_tile)
-            _fetch(descriptor, [batch, head, runs[of_tile] * RUN, half * PIECE], bar, piece)
+        _fetch(descriptor, [batch, head, 0, runs[of_tile] * RUN, 0], bar, pieces.index(place * COUNT + of_tile))
+
+
+@gluon.jit
+def _tile_of(ring, tile):
+    """A tile of a ring of pieces as a matrix (keys, columns)."""
+    split = ring.index(tile % ring.shape[0])
+    COUNT: gl.constexpr = split.shape[0]
+    HALVES: gl.constexpr = split.shape[1]
+    return split.permute((0, 2, 1, 3)).reshape([COUNT * RUN, HALVES * PIECE])
+
+
+@gluon.jit
+def _products(q, k_ring, tile, LAYOUT: gl.constexpr):
+    """Starts the products of the queries with a tile of keys."""
+    k = _tile_of(k_ring, tile).permute((1, 0))
+    nothing = gl.full([q.shape[0], k.shape[1]], 0.0, gl.float32, LAYOUT)
+    return warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -103,6 +117,36 @@ def _load(
         if tile > back:
             _await(k_full, tile - 1 - back)
             _await(v_full, tile - 1 - back)
+
+
+@gluon.jit
+def _load_one(
+    descriptor, pieces, full, empty, flag, stream, batch, kv_head, BN: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """A loading warp, of the keys or of the values."""
+    table, own, own_tiles, listed_from, end = stream
+    COUNT: gl.constexpr = BN // RUN
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    tile = end * 0
+    going = end > 0
+    while going:
+        listed = tile >= listed_from
+        first = gl.where(tile < own_tiles, own // RUN + tile * COUNT, (tile - own_tiles) * COUNT)
+        runs = ()
+        for of_tile in gl.static_range(COUNT):
+            found = gl.load(table + (tile - listed_from) * COUNT + of_tile, mask=listed, other=0)
+            runs = runs + (gl.where(listed, found, first + of_tile),)
+        _await(empty, tile, 1)
+        going = gl.max(flag.load(ONE), 0) == 0
+        if going:
+            _fetch_tile(descriptor, pieces, full, tile, runs, batch, kv_head, BN, D)
+            tile += 1
+            going = tile < end
+    # Nothing may still be written when the program ends.
+    DEPTH: gl.constexpr = full.shape[0]
+    for back in gl.static_range(DEPTH):
+        if tile > back:
+            _await(full, tile - 1 - back)
 
 
 @gluon.jit
@@ -143,15 +187,16 @@ def _step(
     _await(v_full, tile)
     if TURNS:
         mbarrier.wait(turns.index(PART), (tile & 1) ^ (1 - PART))
-    scores = _scores(q, k_ring, tile + 1, SCORES)
-    acc = warpgroup_mma(weights, v_ring.index(tile % v_ring.shape[0]), acc, is_async=True)
+    scores = _products(q, k_ring, tile + 1, SCORES)
+    acc = warpgroup_mma(weights, _tile_of(v_ring, tile), acc, is_async=True)
     if TURNS:
         mbarrier.arrive(turns.index(1 - PART))
     # Not where that product ended: ptxas would wait for it before the softmax that was to run under it.
     _pass(v_empty, tile - 1)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    _pass(k_empty, tile + 1)
     going = tile >= 0
+    if not VOTING:
+        _pass(k_empty, tile + 1)
     if MASKED:
         scores = _hide(scores, own + (tile + 1) * BN, position, SCORES)
     if VOTING:
@@ -159,6 +204,7 @@ def _step(
         ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         going = _worst(votes, voted, number, mine, PART, PARTS) > budget
         flag.store(gl.full([1], 1 - going.to(gl.int32), gl.int32, ONE))
+        _pass(k_empty, tile + 1)  # after the flag, so that what waits for this sees it
         scores = gl.where(going, scores, float("-inf"))
     scores, decay, peak, total = _softmax(scores, peak, total, scale2, OUTPUT, v_ring.dtype)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -199,7 +245,7 @@ def _attend(
 
     zero = start * 0
     _await(k_full, zero)
-    scores = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, zero, SCORES)])
+    scores = warpgroup_mma_wait(0, deps=[_products(q, k_ring, zero, SCORES)])
     _pass(k_empty, zero)
     peak = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
     total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
@@ -267,7 +313,7 @@ def _attend(
         _pass(v_empty, at)  # lets the loading warp see the flag
     else:
         _await(v_full, at)
-        acc = warpgroup_mma(weights, v_ring.index(at % v_ring.shape[0]), acc, is_async=True)
+        acc = warpgroup_mma(weights, _tile_of(v_ring, at), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
     empty = total == 0.0
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -293,6 +339,7 @@ def attend_kernel(
     tail_ptr, pairs_ptr, visible_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count,
     places, section, scale, TILE: gl.constexpr, UNIT: gl.constexpr, BUNDLE: gl.constexpr, HORIZON: gl.constexpr,
     D: gl.constexpr, BN: gl.constexpr, AHEAD: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr,
+    LOADERS: gl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp and statistics of one tile of one query head, before the tail.
 
@@ -303,7 +350,8 @@ def attend_kernel(
     gl.static_assert(TILE == PARTS * gl.num_warps() * 16)
     TYPE: gl.constexpr = k_desc.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], TYPE)
-    PIECES: gl.constexpr = AHEAD * (D // PIECE) * (BN // RUN)
+    COUNT: gl.constexpr = BN // RUN
+    SPLIT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
 
     scale2 = gl.cast(scale, gl.float32) * LOG2_E
     of_range, bh = schedule(count, section, True)
@@ -327,11 +375,12 @@ def attend_kernel(
     stream = (table_ptr + row * places, own, own_tiles, gl.where(exact, last, sink_end), last)
 
     q_tiles = gl.allocate_shared_memory(TYPE, [PARTS, TILE // PARTS, D], SHARED)
-    k_pieces = gl.allocate_shared_memory(TYPE, [PIECES] + k_desc.block_type.shape, k_desc.layout)
-    v_pieces = gl.allocate_shared_memory(TYPE, [PIECES] + k_desc.block_type.shape, v_desc.layout)
+    k_pieces = gl.allocate_shared_memory(TYPE, [AHEAD * COUNT] + k_desc.block_type.shape, k_desc.layout)
+    v_pieces = gl.allocate_shared_memory(TYPE, [AHEAD * COUNT] + v_desc.block_type.shape, v_desc.layout)
     rings = (
-        _reinterpret(k_pieces, TYPE, [AHEAD, BN, D], SHARED), _reinterpret(v_pieces, TYPE, [AHEAD, BN, D], SHARED),
-    )  # fmt: skip
+        _reinterpret(k_pieces, TYPE, [AHEAD, COUNT, D // PIECE, RUN, PIECE], SPLIT),
+        _reinterpret(v_pieces, TYPE, [AHEAD, COUNT, D // PIECE, RUN, PIECE], SPLIT),
+    )
     k_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
@@ -358,7 +407,7 @@ def attend_kernel(
     pointers = (q_ptr, out_ptr, lse_ptr)
     sizes = (heads, queries, keys)
     counts = (sunk, ranked, listed)
-    if PARTS == 2:
+    if PARTS == 2 and LOADERS == 1:
         bundles, read = gl.warp_specialize([
             (_attend, (
                 pointers, q_steps, sizes, tile_of, stream, counts, q_tiles, rings, bars, turns, votes, voted, flag,
@@ -370,7 +419,20 @@ def attend_kernel(
             )),
             (_load, (k_desc, v_desc, k_pieces, v_pieces, bars, flag, stream, batch, kv_head, BN, D)),
         ], [4, 1], [240, 24])  # fmt: skip
-    else:
+    elif PARTS == 2:
+        bundles, read = gl.warp_specialize([
+            (_attend, (
+                pointers, q_steps, sizes, tile_of, stream, counts, q_tiles, rings, bars, turns, votes, voted, flag,
+                sums, budget, scale2, BUNDLE, HORIZON, D, BN, 0, PARTS, TURNS,
+            )),
+            (_attend, (
+                pointers, q_steps, sizes, tile_of, stream, counts, q_tiles, rings, bars, turns, votes, voted, flag,
+                sums, budget, scale2, BUNDLE, HORIZON, D, BN, 1, PARTS, TURNS,
+            )),
+            (_load_one, (k_desc, k_pieces, k_full, k_empty, flag, stream, batch, kv_head, BN, D)),
+            (_load_one, (v_desc, v_pieces, v_full, v_empty, flag, stream, batch, kv_head, BN, D)),
+        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+    elif LOADERS == 1:
         bundles, read = gl.warp_specialize([
             (_attend, (
                 pointers, q_steps, sizes, tile_of, stream, counts, q_tiles, rings, bars, turns, votes, voted, flag,
@@ -378,6 +440,15 @@ def attend_kernel(
             )),
             (_load, (k_desc, v_desc, k_pieces, v_pieces, bars, flag, stream, batch, kv_head, BN, D)),
         ], [1], [24])  # fmt: skip
+    else:
+        bundles, read = gl.warp_specialize([
+            (_attend, (
+                pointers, q_steps, sizes, tile_of, stream, counts, q_tiles, rings, bars, turns, votes, voted, flag,
+                sums, budget, scale2, BUNDLE, HORIZON, D, BN, 0, PARTS, TURNS,
+            )),
+            (_load_one, (k_desc, k_pieces, k_full, k_empty, flag, stream, batch, kv_head, BN, D)),
+            (_load_one, (v_desc, v_pieces, v_full, v_empty, flag, stream, batch, kv_head, BN, D)),
+        ], [1, 1], [24, 24])  # fmt: skip
 
     left = 0.0
     seen = 0.0

@@ -34,6 +34,7 @@ log = logging.getLogger("s2o_inductor")
 _RUN = 8
 # Whether the parts of the rows issue their products in turns.
 _TURNS = False
+_LOADERS = 1
 # Kinds of calls that did not compile; they are not tried again.
 _failed: set[tuple[Any, ...]] = set()
 
@@ -88,10 +89,12 @@ def special_configs(
 
 
 def runs_of(x: Tensor) -> Any:
-    """x (B, H, S, D), aligned, in pieces of one run and `special.PIECE` columns, as the bulk copy engine loads them."""
-    piece = [1, 1, _RUN, special.PIECE.value]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), piece, layout)
+    """x (B, H, S, D), aligned, as (B, H, D / `special.PIECE`, S, `special.PIECE`) in pieces of one run."""
+    width = special.PIECE.value
+    shape = [*x.shape[:2], x.shape[3] // width, x.shape[2], width]
+    strides = [*x.stride()[:2], width, x.stride(2), 1]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=5)
+    return TensorDescriptor(x, shape, strides, [1, 1, shape[2], _RUN, width], layout)
 
 
 def attend(
@@ -117,7 +120,7 @@ def attend(
     def special_arguments(config: Config) -> dict[str, Any]:
         descriptors = {f"{name}_desc": runs_of(named[f"{name}_ptr"]) for name in ("k", "v")}
         parts = config.rows // (16 * config.warps)
-        return {**arguments(config), **descriptors, "PARTS": parts, "TURNS": _TURNS}
+        return {**arguments(config), **descriptors, "PARTS": parts, "TURNS": _TURNS, "LOADERS": _LOADERS}
 
     ways: tuple[tuple[Any, Callable[..., list[Config]], Callable[[Config], dict[str, Any]]], ...] = (
         (special, special_configs, special_arguments), (kernels, attend_configs, arguments)
