@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide, _softmax
+from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide
 from s2o_inductor.kernels.launching import UNSPECIALIZED
 from s2o_inductor.kernels.primitives import LN_2, LOG2_E, schedule
 from s2o_inductor.kernels.triton_sparse_tiles import tile_keys
@@ -150,6 +150,28 @@ def _load_one(
 
 
 @gluon.jit
+def _softmax(scores, peak, total, scale2, OUTPUT: gl.constexpr):
+    """(weights, decay, peak, total) of the online softmax after these scores, unscaled and -inf where hidden.
+
+    Decay is what the output so far shrinks by. Weights stay in float32 until their product: 16-bit numbers that a loop
+    carries lie one in a register, and are packed and unpacked in every step.
+    """
+    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale2)
+    # A row that has seen nothing yet keeps the peak -inf; -inf - -inf would be NaN.
+    origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = gl.exp2(scores * scale2 - gl.expand_dims(origin, 1))
+    decay = gl.exp2(peak - origin)
+    total = total * decay + gl.sum(weights, 1)
+    return weights, gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT), assert_trivial=True), new_peak, total
+
+
+@gluon.jit
+def _operand(weights, TYPE: gl.constexpr, OUTPUT: gl.constexpr):
+    """Weights as what the product with values takes."""
+    return gl.convert_layout(weights.to(TYPE), gl.DotOperandLayout(0, OUTPUT, 2), assert_trivial=True)
+
+
+@gluon.jit
 def _vote(votes, voted, number, mine, PART: gl.constexpr, PARTS: gl.constexpr):
     """Casts vote `number` of this part, the share that its worst row may have left."""
     if PARTS > 1:
@@ -188,7 +210,8 @@ def _step(
     if TURNS:
         mbarrier.wait(turns.index(PART), (tile & 1) ^ (1 - PART))
     scores = _products(q, k_ring, tile + 1, SCORES)
-    acc = warpgroup_mma(weights, _tile_of(v_ring, tile), acc, is_async=True)
+    operand = _operand(weights, v_ring.dtype, OUTPUT)
+    acc = warpgroup_mma(operand, _tile_of(v_ring, tile), acc, is_async=True)
     if TURNS:
         mbarrier.arrive(turns.index(1 - PART))
     # Not where that product ended: ptxas would wait for it before the softmax that was to run under it.
@@ -206,7 +229,7 @@ def _step(
         flag.store(gl.full([1], 1 - going.to(gl.int32), gl.int32, ONE))
         _pass(k_empty, tile + 1)  # after the flag, so that what waits for this sees it
         scores = gl.where(going, scores, float("-inf"))
-    scores, decay, peak, total = _softmax(scores, peak, total, scale2, OUTPUT, v_ring.dtype)
+    scores, decay, peak, total = _softmax(scores, peak, total, scale2, OUTPUT)
     acc = warpgroup_mma_wait(0, deps=[acc])
     return (acc * gl.expand_dims(decay, 1), scores, peak, total), going
 
@@ -250,7 +273,7 @@ def _attend(
     peak = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
     total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
     scores = _hide(scores, own, position, SCORES)
-    weights, _, peak, total = _softmax(scores, peak, total, scale2, OUTPUT, TYPE)
+    weights, _, peak, total = _softmax(scores, peak, total, scale2, OUTPUT)
     state = (gl.zeros([ROWS, D], gl.float32, layout=OUTPUT), weights, peak, total)
     # A tile's softmax is taken one step ahead of its product with the values.
     for now in range(0, own_tiles - 1):
@@ -313,7 +336,8 @@ def _attend(
         _pass(v_empty, at)  # lets the loading warp see the flag
     else:
         _await(v_full, at)
-        acc = warpgroup_mma(weights, _tile_of(v_ring, at), acc, is_async=True)
+        last_weights = _operand(weights, TYPE, OUTPUT)
+        acc = warpgroup_mma(last_weights, _tile_of(v_ring, at), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
     empty = total == 0.0
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
