@@ -99,7 +99,7 @@ def _load(descriptor, pieces, full, empty, flag, stream, batch, kv_head, BN: gl.
         runs = ()
         for of_tile in gl.static_range(COUNT):
             found = gl.load(table + (tile - listed_from) * COUNT + of_tile, mask=listed, other=0)
-            runs += (gl.where(listed, found, first + of_tile),)
+            runs += (gl.where(listed, found, first + of_tile),)  # type: ignore[assignment]
         _await_room(empty, tile)
         going = gl.max(flag.load(ONE), 0) == 0
         if going:
