@@ -1,7 +1,7 @@
-"""When attention through a page table runs in the Gluon kernel for Hopper, and in which sizes.
+"""When attention through a page table runs in one of the Gluon kernels for Hopper, and in which sizes.
 
-Gluon is experimental: where the installed Triton lacks it, or has one that no longer compiles the kernel, the Triton
-kernel takes every call.
+The one with warps that only load comes first, then the one in which all load. Gluon is experimental: where the
+installed Triton lacks it, or has one that no longer compiles them, the Triton kernel takes every call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ except (ImportError, AttributeError):
     special = None  # type: ignore[assignment]
 
 log = logging.getLogger("s2o_inductor")
-# What a run of keys must be for the kernel's loads.
+# What a run of keys must be for the kernels' loads.
 _RUN = 8
 # Kinds of calls that did not compile; they are not tried again.
 _failed: set[tuple[Any, ...]] = set()
@@ -39,7 +39,7 @@ _failed: set[tuple[Any, ...]] = set()
 def attend_configs(
     capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
 ) -> list[Config]:
-    """Ways to run the kernel, fastest first on an H100; none for calls that it does not take.
+    """Ways to run the kernel in which all warps load, fastest first on an H100; none for calls that it does not take.
 
     `stages` are the key tiles that it loads ahead.
 
@@ -99,7 +99,7 @@ def runs_of(x: Tensor) -> Any:
 def attend(
     q: Tensor, widths: tuple[int, int], tiling: Tiling, padding: Padding, programs: int, named: dict[str, Any]
 ) -> bool:
-    """Launches the kernel if it takes the call; whether it did.
+    """Launches the first kernel that takes the call and compiles; whether there is one.
 
     Args:
         q: the queries.
@@ -131,6 +131,6 @@ def attend(
             launch(module.attend_kernel, configs, lambda _: programs, arguments_of)
             return True
         except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
-            log.warning("a Gluon kernel does not compile here, another runs instead: %s", str(error)[:500])
+            log.warning("a Gluon kernel does not compile here, the next runs instead: %s", str(error)[:500])
             _failed.add(kind)
     return False
