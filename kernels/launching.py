@@ -262,7 +262,7 @@ def _kind(name: str, value: Any) -> Any:
         return None if name in _UNSPECIALIZED else value
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):  # a descriptor of Triton's, or one of Gluon's
         return value.base.dtype, *value.block_shape
     if isinstance(value, tuple):
         return tuple((x if x in (0, 1) else 2, x % 16 == 0, x < 1 << 31) for x in value)
