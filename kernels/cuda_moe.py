@@ -57,7 +57,7 @@ class Facts:
     def height(self) -> int:
         """Rows of a tile: a little above an expert's on average, so that most experts need one or all are full."""
         mean = self.pairs / self.experts
-        return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 64 else 128
+        return 16 if mean <= 8 else 32 if mean <= 36 else 64 if mean <= 64 else 128
 
     @property
     def hopper(self) -> Tile | None:
@@ -87,7 +87,7 @@ class Facts:
         return most
 
 
-# All choices are for half precision on an H100, where Nemotron 3 Super with 8,192 and with 32 tokens was measured in
+# All choices are for half precision on an H100, where Nemotron 3 Super with 8,192, 512 and 32 tokens was measured in
 # every way that examples/sweep_moe.py knows; elsewhere the first that fits runs. float32 is exact, not fast.
 # Choices are remembered, for the host's sake: in a decoding step the device waits for it.
 _FLOAT32 = [Tile(32, 32, 4, 2, depth=32), Tile(16, 32, 4, 1, depth=16)]
@@ -119,7 +119,9 @@ def second_tiles(facts: Facts, out: int) -> list[Tile]:
     """Ways to make the second product, or the gradient of the rows that entered the first, fastest first."""
     if facts.dtype == torch.float32:
         return _FLOAT32
-    if facts.height <= 32:
+    if facts.height == 32:
+        return [Tile(32, facts.columns(out, 128), 4, stages, 128, 4) for stages in (5, 3)] + [_LAST]
+    if facts.height < 32:
         columns = facts.columns(out, 64)
         programs = _PROGRAMS * facts.processors
         programs = programs if facts.tiles(out, columns) > 2 * programs else 0
@@ -335,7 +337,7 @@ def facts_of(experts: Operands, z: Tensor, ids: Tensor) -> Facts:
     if z.dtype not in DTYPES:
         raise NotImplementedError(
             f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
-            "as it is (options={'disable': ['moe']})"
+            "as it is (options={'disable': ['moe']}, or s2o_inductor.restore(model) after prepare)"
         )
     return Facts(z.dtype, ids.numel(), experts.w2.shape[0], *_device(z.device))
 

@@ -1,12 +1,13 @@
-"""When attention through a page table runs in the Gluon kernel for Hopper, and in which sizes.
+"""When attention through a page table runs in one of the Gluon kernels for Hopper, and in which sizes.
 
-Gluon is experimental: where the installed Triton lacks it, or has one that no longer compiles the kernel, the Triton
-kernel takes every call.
+The one with warps that only load comes first, then the one in which all load. Gluon is experimental: where the
+installed Triton lacks it, or has one that no longer compiles them, the Triton kernel takes every call.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,16 @@ try:
     from s2o_inductor.kernels import gluon_sparse_attention as kernels
 except (ImportError, AttributeError):
     kernels = None  # type: ignore[assignment]
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from s2o_inductor.kernels import gluon_sparse_special as special
+except (ImportError, AttributeError):
+    special = None  # type: ignore[assignment]
 
 log = logging.getLogger("s2o_inductor")
-# What a run of keys must be for the kernel's loads.
+# What a run of keys must be for the kernels' loads.
 _RUN = 8
 # Kinds of calls that did not compile; they are not tried again.
 _failed: set[tuple[Any, ...]] = set()
@@ -31,7 +39,7 @@ _failed: set[tuple[Any, ...]] = set()
 def attend_configs(
     capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
 ) -> list[Config]:
-    """Ways to run the kernel, fastest first on an H100; none for calls that it does not take.
+    """Ways to run the kernel in which all warps load, fastest first on an H100; none for calls that it does not take.
 
     `stages` are the key tiles that it loads ahead.
 
@@ -63,10 +71,35 @@ def attend_configs(
     return [config for config in found if geometry.block % config.keys == 0 and geometry.bundle % config.keys == 0]
 
 
+def special_configs(
+    capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
+) -> list[Config]:
+    """Ways to run the kernel with warps that only load, like `attend_configs`; fastest first on an H100.
+
+    `warps` are those of half of the rows, `registers` those of a thread before the loading warps, which have four
+    warps' share, leave theirs to the others.
+    """
+    geometry = tiling.geometry
+    general = attend_configs(capability, dtype, widths, tiling, padding)
+    if special is None or not general or geometry.tile != 128:
+        return []
+    found = [Config(128, 128, 4, 3, registers=168)]
+    return [config for config in found if geometry.block % config.keys == 0 and geometry.bundle % config.keys == 0]
+
+
+def runs_of(x: Tensor) -> Any:
+    """x (B, H, S, D), aligned, as (B, H, D / `special.PIECE`, S, `special.PIECE`) in pieces of one run."""
+    width = special.PIECE.value
+    shape = [*x.shape[:2], x.shape[3] // width, x.shape[2], width]
+    strides = [*x.stride()[:2], width, x.stride(2), 1]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=5)
+    return TensorDescriptor(x, shape, strides, [1, 1, shape[2], _RUN, width], layout)
+
+
 def attend(
     q: Tensor, widths: tuple[int, int], tiling: Tiling, padding: Padding, programs: int, named: dict[str, Any]
 ) -> bool:
-    """Launches the kernel if it takes the call; whether it did.
+    """Launches the first kernel that takes the call and compiles; whether there is one.
 
     Args:
         q: the queries.
@@ -78,14 +111,26 @@ def attend(
     """
     if not q.is_cuda:
         return False
-    configs = attend_configs(torch.cuda.get_device_capability(q.device), q.dtype, widths, tiling, padding)
-    kind = (q.device, q.dtype, widths, tiling.geometry)
-    if not configs or kind in _failed:
-        return False
-    try:
-        launch(kernels.attend_kernel, configs, lambda _: programs, lambda config: {**named, "AHEAD": config.stages})
-    except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
-        log.warning("the Gluon kernel does not compile here, Triton's runs instead: %s", str(error)[:500])
-        _failed.add(kind)
-        return False
-    return True
+    call = (torch.cuda.get_device_capability(q.device), q.dtype, widths, tiling, padding)
+
+    def arguments(config: Config) -> dict[str, Any]:
+        return {**named, "AHEAD": config.stages}
+
+    def special_arguments(config: Config) -> dict[str, Any]:
+        return {**arguments(config), **{f"{name}_desc": runs_of(named[f"{name}_ptr"]) for name in ("k", "v")}}
+
+    ways: tuple[tuple[Any, Callable[..., list[Config]], Callable[[Config], dict[str, Any]]], ...] = (
+        (special, special_configs, special_arguments), (kernels, attend_configs, arguments)
+    )  # fmt: skip
+    for module, configs_of, arguments_of in ways:
+        configs = configs_of(*call)
+        kind = (configs_of.__name__, q.device, q.dtype, widths, tiling.geometry)
+        if not configs or kind in _failed:
+            continue
+        try:
+            launch(module.attend_kernel, configs, lambda _: programs, arguments_of)
+            return True
+        except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
+            log.warning("a Gluon kernel does not compile here, the next runs instead: %s", str(error)[:500])
+            _failed.add(kind)
+    return False

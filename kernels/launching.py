@@ -21,8 +21,8 @@ UNSPECIALIZED = [
     # Of the sparse kernels: positions and tiles, places in their tables, and the density as a fraction.
     "window", "sink", "first_tile", "tile0", "count", "tiles", "base", "room", "places", "segments", "blocks",
     "groups", "numerator", "denominator",
-    # Of routed experts: choices in all.
-    "pairs",
+    # Of routed experts: choices in all, and rows of scores.
+    "pairs", "rows",
 ]  # fmt: skip
 _UNSPECIALIZED = frozenset(UNSPECIALIZED)
 _SIMPLE = frozenset((int, bool, str, type(None)))
@@ -262,7 +262,7 @@ def _kind(name: str, value: Any) -> Any:
         return None if name in _UNSPECIALIZED else value
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if hasattr(value, "block_shape"):  # tiles, of Triton or of Gluon
+    if hasattr(value, "block_shape"):  # a descriptor of Triton's, or one of Gluon's
         return value.base.dtype, *value.block_shape
     if isinstance(value, tuple):
         return tuple((x if x in (0, 1) else 2, x % 16 == 0, x < 1 << 31) for x in value)

@@ -23,6 +23,8 @@ from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
 
 # Choices up to which one launch that compares all with all beats a sort of several.
 _RANKED_CHOICES = 2048
+# Choices up to which each is compared with all others by every program, rather than counted in a histogram.
+_COMPARED_CHOICES = 64
 # Choices that a program ranks, or experts whose first row and tiles it finds.
 _RANKED_TOGETHER = 16
 # Sort keys of 16 bits take half the passes of 32.
@@ -47,7 +49,7 @@ def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, tiles_ptr,
     """`_keys_kernel`, a stable sort, `_tiles_kernel` and the first row of each expert for at most BN choices, at once.
 
     The row of a choice is how many come before it, so every program counts by itself. The first
-    programs do so for BM choices each, the others for BM experts.
+    programs do so for BM choices each, the others for BM experts, in BINS bins or, where BINS is 0, without.
     """
     other = tl.arange(0, BN)
     place = (other // CHOICES).to(tl.int64) * ids_steps[0] + (other % CHOICES).to(tl.int64) * ids_steps[1]
@@ -64,11 +66,21 @@ def _rank_kernel(ids_ptr, ids_steps, keys_ptr, order_ptr, firsts_ptr, tiles_ptr,
         tl.store(keys_ptr + pair, own // BN, mask=pair < pairs)
     else:
         mine = (tl.program_id(0) - blocks) * BM + tl.arange(0, BM)
-        bins = tl.arange(0, BINS)
-        rows = tl.histogram(expert, BINS, mask=(other < pairs) & (expert < EXPERTS))
-        needed = (rows + ROWS - 1) // ROWS
-        earlier = bins[None, :] < mine[:, None]
-        same = bins[None, :] == mine[:, None]
+        chosen = (other < pairs) & (expert < EXPERTS)
+        if BINS == 0:
+            # A choice begins a tile if those before it with its expert fill whole ones.
+            alike = (expert[None, :] == expert[:, None]) & (other[None, :] < other[:, None])
+            begins = chosen & (tl.sum(alike.to(tl.int32), 1) % ROWS == 0)
+            earlier = expert[None, :] < mine[:, None]
+            same = expert[None, :] == mine[:, None]
+            rows = chosen.to(tl.int32)
+            needed = begins.to(tl.int32)
+        else:
+            bins = tl.arange(0, BINS)
+            rows = tl.histogram(expert, BINS, mask=chosen)
+            needed = (rows + ROWS - 1) // ROWS
+            earlier = bins[None, :] < mine[:, None]
+            same = bins[None, :] == mine[:, None]
         first = tl.sum(tl.where(earlier, rows[None, :], 0), 1)
         tl.store(firsts_ptr + mine, first, mask=mine <= EXPERTS)
         end = first + tl.sum(tl.where(same, rows[None, :], 0), 1)
@@ -142,8 +154,9 @@ class Plan:
             plan = cls(choices, experts, keys, order, firsts)
             plan.made[rows] = tiles = torch.empty((1 + plan.bound(rows), 4), dtype=torch.int32, device=ids.device)
             results = {"keys_ptr": keys, "order_ptr": order, "firsts_ptr": firsts, "tiles_ptr": tiles}
-            sizes.update(BINS=max(16, triton.next_power_of_2(experts + 1)), ROWS=rows)
             config = Config(_RANKED_TOGETHER, max(16, triton.next_power_of_2(pairs)), 4, 1)
+            bins = 0 if config.keys <= _COMPARED_CHOICES else max(16, triton.next_power_of_2(experts))
+            sizes.update(BINS=bins, ROWS=rows)
             blocks = triton.cdiv(pairs, config.rows) + triton.cdiv(experts + 1, config.rows)
             launch(_rank_kernel, [config], lambda _: blocks, lambda _: {**sizes, **results})
             return plan

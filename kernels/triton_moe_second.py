@@ -179,8 +179,8 @@ def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:
     The sum is made in float32, in an order that depends on nothing but K, and rounded once.
     """
     parts, pairs, width = y.shape
-    # All of a token's rows at once: the more loads are on their way, the better.
-    rows = min(32, triton.next_power_of_2(plan.choices))
+    # A thread sums columns of its own, for which nothing is exchanged; of several parts it could not hold as many rows.
+    rows = min(8 if parts == 1 else 32, triton.next_power_of_2(plan.choices))
     config = Config(rows, min(1024, 8192 // rows, triton.next_power_of_2(width)), 4, 1)
     launch(
         _combine_kernel, [config], lambda c: out.shape[0] * triton.cdiv(width, c.keys),

@@ -247,8 +247,11 @@ def _count_left(bundle, counts, bundles, RUNS: tl.constexpr, CLUSTERS: tl.conste
     unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, RUNS, 1)
     of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, RUNS, CLUSTERS)
     left = tl.sum(of_group * unread, 1).reshape(BN).to(tl.float32)
-    share = left / tl.maximum(tl.sum(of_group, 1).reshape(BN), 1).to(tl.float32)
-    return left * share, tl.maximum(1.0 - 2.0 * tl.sqrt(1.0 - share), 0.0)
+    size = tl.maximum(tl.sum(of_group, 1).reshape(BN), 1).to(tl.float32)
+    read = size - left
+    # 1 - 2 sqrt(share read), without the difference: a device's square root of 1 / 4 is not 1 / 2, and a sharp head
+    # multiplies what is left of it by a spread of hundreds.
+    return left * left / size, tl.maximum(size - 4.0 * read, 0.0) / (size + 2.0 * tl.sqrt(read * size))
 
 
 @triton.jit

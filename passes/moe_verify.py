@@ -21,6 +21,8 @@ from s2o_inductor.passes.records import ExpertsSite, PerExpert, each
 SHORTEN_ABOVE = 2**22
 MAX_ELEMENTS = 2**25
 _ASSERT = torch.ops.aten._assert_scalar.default
+# What torch says of an index that is too large.
+_OUT_OF_BOUNDS = ("out of bounds", "out of range", "smaller than num_classes")
 _outcomes: dict[str, verify.Outcome] = {}
 
 
@@ -106,6 +108,8 @@ def _run(site: ExpertsSite, routing: str, sizes: Mapping[int, int]) -> verify.Ou
     if site.dense:
         weights, ids = inputs[site.weights], inputs[site.ids]
         inputs[site.weights] = torch.zeros_like(weights).scatter(-1, ids, weights.gather(-1, ids))
+    if inputs[site.ids].device.type != "cpu":
+        _try_on_cpu(site, inputs, sizes)
     original = _replay(site, inputs, sizes, verify.as_written)
     gold = _replay(site, {node: verify.to_double(value) for node, value in inputs.items()}, sizes, _in_double)
     with torch.autocast(original.device.type, enabled=False):
@@ -178,6 +182,37 @@ def _replay(
     found = values[made(site.output)]
     assert isinstance(found, Tensor)
     return found
+
+
+def _try_on_cpu(site: ExpertsSite, inputs: Mapping[fx.Node, Any], sizes: Mapping[int, int]) -> None:
+    """Runs a site's nodes on the CPU, where an index out of bounds is an error: on CUDA it ends the process's work.
+
+    What fails for another reason, such as code for a GPU alone, is left to the run that follows.
+
+    Raises:
+        Refusal: an index is out of bounds, as when a size that was shortened has another meaning as well.
+    """
+    moved = {node: verify.to_double(x.cpu()) if isinstance(x, Tensor) else x for node, x in inputs.items()}
+    try:
+        _replay(site, moved, sizes, _on_cpu)
+    except Exception as error:  # a user's code on a device that it may not be for
+        if any(words in str(error) for words in _OUT_OF_BOUNDS):
+            raise Refusal(f"could not be verified: {error}") from error
+
+
+def _on_cpu(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`_in_double` of a node that was captured on another device."""
+
+    def here(value: Any) -> Any:
+        named = isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda"))
+        return torch.device("cpu") if named else value
+
+    if node.op == "call_method" and node.target == "cuda":
+        return args[0]
+    args, kwargs = fx.node.map_aggregate((args, kwargs), here)
+    if getattr(node.target, "__name__", node.target) == "histc":  # of integers on CUDA alone
+        args = (args[0].double(), *args[1:])
+    return _in_double(node, args, kwargs)
 
 
 def _in_double(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from s2o_inductor.passes import (
     masks,
     mha,
     moe,
+    moe_router,
     moe_sizes,
     moe_verify,
     rewrite,
@@ -267,8 +268,26 @@ def _plan(
     return mask, (), plan, (), spec, lifted
 
 
+def lower_routers(graph: fx.Graph, recorder: Recorder | None = None) -> int:
+    """Stage 2, last step: routers of a functional graph compute the same in fewer steps; returns how many do."""
+    routers: list[moe_router.Router] = _guarded(lambda: moe_router.find_routers(graph), "routers", [])
+    for router in routers:
+        for node, *factors in router.products:
+            rewrite.use_halves(graph, node, [(factor.source, factor.views) for factor in factors])
+        for node, selection in router.selections:
+            rewrite.use_top_k(node, selection.k)
+        for node, scores in router.only:
+            rewrite.use_only_column(graph, node, scores)
+        if recorder is not None:
+            recorder.note_router(router.name, router.describe())
+        log.info("router of %s: %s", router.name, "; ".join(router.describe()))
+    if routers:
+        graph.lint()
+    return len(routers)
+
+
 class LiftMasks(CustomGraphPass):
-    """Stage 2 as an Inductor pass: masks, then what may be approximated.
+    """Stage 2 as an Inductor pass: masks, then what may be approximated, then routers.
 
     Its uuid covers everything that its result depends on.
     """
@@ -281,6 +300,8 @@ class LiftMasks(CustomGraphPass):
         if "lift-masks" not in self.config.disable:
             lift_masks(graph, self.config, self.recorder())
         sparsify.sparsify(graph, self.config, self.recorder())
+        if "router" not in self.config.disable:
+            lower_routers(graph, self.recorder())
 
     def uuid(self) -> str:
         return f"{fingerprint()}:{self.config.key()}"

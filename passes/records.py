@@ -168,5 +168,8 @@ class Recorder(Protocol):
     def note_sparse(self, name: str, reason: str | None) -> None:
         """The op called `name` may be approximated, or must not be for a reason that concerns the user."""
 
+    def note_router(self, name: str, changes: list[str]) -> None:
+        """What of the router in front of the experts called `name` runs in another way."""
+
     def spent(self, stage: str, seconds: float) -> None:
         """Adds to the time of a stage."""

@@ -12,7 +12,8 @@ from torch import fx
 
 import s2o_inductor.moe_list_ops
 import s2o_inductor.moe_ops
-import s2o_inductor.ops  # noqa: F401  registers the operators named below
+import s2o_inductor.ops
+import s2o_inductor.router_ops  # noqa: F401  registers the operators named below
 from s2o_inductor.mask_spec import MaskSpec
 from s2o_inductor.passes.graph_utils import fake, made
 from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand, Site, each
@@ -21,11 +22,14 @@ MOE_EXPERTS = torch.ops.s2o.moe_experts.default
 MOE_EXPERTS_LIST = torch.ops.s2o.moe_experts_list.default
 ATTENTION = torch.ops.s2o.attention.default
 ATTENTION_BACKWARD = torch.ops.s2o.attention_backward.default
+MM_FLOAT32 = torch.ops.s2o.mm_float32.default
+TOP_K = torch.ops.s2o.top_k.default
 SPARSE_ATTENTION = torch.ops.s2o.sparse_attention.default
 ATTENTION_MASK = torch.ops.s2o.attention_mask.default
 # Argument positions in the schemas of ops.py.
 _Q_AT = {ATTENTION: 0, ATTENTION_BACKWARD: 1}
 _MASK_AT = {ATTENTION: 3, ATTENTION_BACKWARD: 6}
+_ROUTING_AT = slice(6, 8)
 # Metadata that belongs to one node's own schema and must not travel to another node.
 _OWN_META = ("val", "tensor_meta", "example_value", "eager_input_vals", "original_aten", "unbacked_bindings")
 
@@ -71,7 +75,9 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
     Experts that are separate tensors go to `s2o::moe_experts_list`.
     """
     output, separate = made(site.output), isinstance(site.w2, tuple)
-    keep = any(value.requires_grad for node in site.region if (value := fake(node)) is not None)
+    # A view of a parameter says that it requires a gradient under no_grad as well; but there it is a leaf.
+    values = [value for node in site.region if (value := fake(node)) is not None]
+    keep = any(value.requires_grad and not value.is_leaf for value in values)
     added: list[fx.Node] = []
 
     def call(method: str, node: fx.Node, *args: Any) -> fx.Node:
@@ -299,6 +305,71 @@ def _size(graph: fx.Graph, tensor: fx.Node, dim: int) -> int | fx.Node:
     node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
     node.meta["val"] = size
     return node
+
+
+def experts(graph: fx.Graph) -> Iterable[fx.Node]:
+    """Every op of routed experts in a graph."""
+    for target in (MOE_EXPERTS, MOE_EXPERTS_LIST):
+        yield from graph.find_nodes(op="call_function", target=target)
+
+
+def experts_site(node: fx.Node) -> str:
+    """The site name that an op of routed experts carries."""
+    return str(node.args[-1])
+
+
+def routing(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The choices and the weights of an op of routed experts."""
+    return tuple(one for one in node.args[_ROUTING_AT] if isinstance(one, fx.Node))
+
+
+def use_halves(graph: fx.Graph, node: fx.Node, factors: Iterable[tuple[fx.Node, Any]]) -> None:
+    """Lets an aten.mm or aten.addmm in float32 read its factors as they were before a cast.
+
+    Args:
+        graph: a functional graph.
+        node: the product.
+        factors: for both, what was cast, and the (node, fake value) of each view that leads from there to the product.
+    """
+    dead, aten = node.args[-2:], torch.ops.aten
+    with graph.inserting_before(node):
+        read = []
+        for factor, views in factors:
+            for view, value in views:
+                factor = graph.call_function(view.target, (factor, *view.args[1:]), view.kwargs)
+                factor.meta.update(_shared_meta(view), val=value)
+            read.append(factor)
+        if node.target is aten.mm.default:
+            node.target, node.args = MM_FLOAT32, tuple(read)
+        else:
+            product = graph.call_function(MM_FLOAT32, tuple(read))
+            product.meta.update(_shared_meta(node), val=node.meta["val"])
+            node.target, node.args = aten.add.Tensor, (product, node.args[0])
+    node.meta.pop("eager_input_vals", None)
+    erase_dead_ancestors(graph, [one for one in dead if isinstance(one, fx.Node)])
+
+
+def use_top_k(node: fx.Node, k: int) -> None:
+    """Turns an aten.topk over the last dimension into an `s2o::top_k`."""
+    node.target, node.args, node.kwargs = TOP_K, (node.args[0], k), {}
+    node.meta.pop("eager_input_vals", None)
+
+
+def use_only_column(graph: fx.Graph, node: fx.Node, scores: fx.Node) -> None:
+    """Gives readers of an aten.topk over one column that column, and zeros shaped like a column of `scores`."""
+    for reader in list(node.users):
+        result = node.all_input_nodes[0]
+        if reader.args[1] == 1:
+            value = reader.meta["val"]
+            with graph.inserting_before(reader):
+                sizes = [*(_size(graph, scores, dim) for dim in range(value.dim() - 1)), 1]
+                # As traced graphs hold it: full_like, which would do, is an operator that Inductor decomposes before.
+                layout = {"dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False}
+                result = graph.call_function(torch.ops.aten.full.default, (sizes, 0), layout)
+            result.meta.update(_shared_meta(reader), val=value)
+        reader.replace_all_uses_with(result)
+        graph.erase_node(reader)
+    erase_dead_ancestors(graph, [node])
 
 
 def erase_dead_ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> int:

@@ -13,7 +13,7 @@ from s2o_inductor.sparse_policy import MIN_SEQ, SparsePolicy
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Verify = Literal["first", "always", "off"]
-PASSES = ("attention", "multi-head", "lift-masks", "sparse")
+PASSES = ("attention", "multi-head", "lift-masks", "sparse", "router")
 _PREFIX = "s2o."
 # Changes the loss of a trained model by less than 0.2 % (BENCHMARKS.md, "What sparse selections lose").
 DEFAULT_BUDGET = 0.5
@@ -29,7 +29,8 @@ class S2OConfig:
         verify: compare every distinct rewritten region with the code it replaces before keeping it:
             "first" once per structure and process, "always" each time, "off" never.
         strict: raise instead of declining a site, and on a failed verification.
-        disable: names of passes not to run; see `PASSES`.
+        disable: names of passes not to run; see `PASSES`. "router" is the part of `experts` that computes scores
+            and choices of rewritten layers on CUDA in fewer steps.
         experts: also rewrite mixtures of experts: faster over many tokens than what Inductor makes of the layer, on
             CPU at times slower for a single one, so not by default.
         exclude: shell-style patterns of module paths whose sites stay as they are.

@@ -80,6 +80,7 @@ class Site:
         reading: what the last call read, where it was approximate.
         sparse_reason: why a site that is long enough was not approximated.
         verified: how the rewrite was checked before it was kept.
+        router: what in front of the experts runs in another way; empty too where the graph came out of a cache.
     """
 
     kind: str
@@ -95,6 +96,7 @@ class Site:
     route: str = ""
     reading: Reading | None = None
     sparse_reason: str | None = None
+    router: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of_attention(cls, site: AttentionSite, name: str, verified: str) -> Site:
@@ -144,6 +146,7 @@ class Site:
             "verified": self.verified,
             "sparse": None if self.reading is None else dataclasses.asdict(self.reading),
             "sparse_reason": self.sparse_reason,
+            "router": list(self.router),
         }
 
 
@@ -202,6 +205,11 @@ class GraphReport:
         for site in self.sites:
             if site.name == name:
                 site.sparse_reason = reason
+
+    def note_router(self, name: str, changes: list[str]) -> None:
+        for site in self.sites:
+            if site.name == name:
+                site.router = changes
 
     def emit(self) -> None:
         """Writes the graph's decisions to the structured trace, where tlparse shows them."""
@@ -270,6 +278,8 @@ class Report:
         for site in sites:
             if site["reason"]:
                 lines.append(f"  {site['where']}: {site['reason']}")
+            if site["router"]:
+                lines.append(f"  {site['where']}, router: {'; '.join(site['router'])}")
         kept = dict.fromkeys(site["sparse_reason"] for site in sites if site["sparse_reason"])
         lines += [f"  exact although long: {reason}" for reason in kept]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]

@@ -39,6 +39,7 @@ LAYER_OF = {
     "s2o_inductor.ops": "ops",
     "s2o_inductor.moe_ops": "ops",
     "s2o_inductor.moe_list_ops": "ops",
+    "s2o_inductor.router_ops": "ops",
     "s2o_inductor.mask_spec": "mask_spec",
     "s2o_inductor.moe_spec": "mask_spec",
     "s2o_inductor.sparse_policy": "mask_spec",

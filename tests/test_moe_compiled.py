@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import s2o_inductor
-from s2o_inductor.passes import moe
+from s2o_inductor.config import S2OConfig
+from s2o_inductor.passes import moe, pipeline
+from s2o_inductor.report import GraphReport
 from s2o_inductor.testing import assert_close_to_gold
 
 LAYERS: dict[str, Any] = {**moe_idioms.CAPTURED, **moe_idioms.UNROLLED, "loop, prepared": moe_idioms.HitExperts}
@@ -55,6 +57,18 @@ def check(model: nn.Module, x: Tensor, run: Any, **how: Any) -> None:
     assert sites and all((site["kind"], site["status"]) == ("moe", "rewritten") for site in sites), sites
     for key, value in actual.items():
         assert_close_to_gold(value, expected[key], gold[key], what=key, condition=8.0)
+
+
+@pytest.mark.parametrize("name", ["dense, interleaved", "latent", "one-hot loop"])
+def test_first_products_are_kept_for_a_backward_pass_alone(name: str) -> None:
+    """They may be most of what a call takes of memory. Views of parameters require gradients under no_grad too."""
+    model, x = build(name), torch.randn(2, 6, 24)
+    for mode, kept in ((torch.no_grad(), False), (torch.inference_mode(), False), (torch.enable_grad(), True)):
+        with mode:
+            gm, _ = capture(model, x)
+            pipeline.rewrite_dynamo_graph(gm, S2OConfig(experts=True), GraphReport())
+        (call,) = (node for node in gm.graph.nodes if "moe_experts" in str(node.target))
+        assert call.args[-2] is kept, mode
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -90,3 +90,41 @@ def test_sizes_that_cannot_be_told_apart_decline_the_site(monkeypatch: pytest.Mo
         moe_verify.check_experts(graph, site, always=True)
     monkeypatch.setattr(moe_verify, "MAX_ELEMENTS", 2**25)
     assert moe_verify.check_experts(graph, site, always=True).detail.startswith("verified, max error")
+
+
+# ------------------------------------------------------------------------------------- sites of a GPU
+
+
+def inputs_of(site: ExpertsSite, short: dict[int, int]) -> dict[Any, Any]:
+    """Random inputs of a site, its weights at shortened sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        node: moe_verify._example(node, site, "random", short if node in (site.w1, site.w2) else {}, generator)
+        for node in moe_verify._inputs(site)
+    }
+
+
+def test_nodes_of_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, site = captured("grouped_mm", *SIZES["plain"])
+    inputs = inputs_of(site, {})
+    expected = moe_verify._replay(site, {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, {},
+                                  moe_verify._in_double)  # fmt: skip
+    gpu, named = torch.device("cuda", 0), 0
+    for node in site.region:
+        if getattr(node.target, "__name__", "") in ("arange", "histc"):
+            named += 1
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": gpu}
+        if node.target == "float":  # a GPU counts integers
+            node.target = "int"
+    assert named == 2 and any(node.kwargs.get("device") == gpu for node in site.region)
+    results, replay = [], moe_verify._replay
+    monkeypatch.setattr(moe_verify, "_replay", lambda *given: results.append(replay(*given)))
+    moe_verify._try_on_cpu(site, inputs, {})
+    torch.testing.assert_close(results[0], expected)
+
+
+def test_an_index_out_of_bounds_is_found_before_a_gpu_meets_it() -> None:
+    _, site = captured("batched_mm", *SIZES["plain"])
+    with pytest.raises(Refusal, match=r"could not be verified: index .* out of bounds"):
+        moe_verify._try_on_cpu(site, inputs_of(site, {64: 8}), {})

@@ -20,7 +20,7 @@ from s2o_inductor.errors import DeclinedError, OptionError
 
 AOT = {"inner": "aot_eager"}
 SITE = {"kind", "where", "status", "reason", "exact", "mask", "shape", "route", "verified"}
-SITE |= {"sparse", "sparse_reason"}
+SITE |= {"sparse", "sparse_reason", "router"}
 
 
 @pytest.fixture(autouse=True)

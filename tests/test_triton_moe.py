@@ -96,22 +96,29 @@ def check_shared_tiles() -> None:
 
 
 def check_sorted_plan() -> None:
-    """Choices too many for the launch that ranks them are sorted: the same plan, and the same bits."""
+    """Choices too many to be compared are counted, and too many for one launch sorted: the same plan, the same bits."""
     from s2o_inductor.kernels import triton_moe_plan as plans
 
-    made = leaves(case("choices outside"))
-    ranked, first = plans.Plan.of(made.ids, 5, 16), made.run(moe_experts)
-    most, plans._RANKED_CHOICES = plans._RANKED_CHOICES, 0
+    made, ways = leaves(case("choices outside")), []
+    before = plans._COMPARED_CHOICES, plans._RANKED_CHOICES
+    # Of an expert more choices than a tile has rows, and then fewer.
+    few = [made.ids, torch.tensor([[2] * 5, [2] * 5, [2] * 5, [4] * 5, [-1, 0, 9, 2, 2]])]
     try:
-        found, second = plans.Plan.of(made.ids, 5, 16), made.run(moe_experts)
+        for limits in ((2048, 2048), (0, 2048), (0, 0)):
+            plans._COMPARED_CHOICES, plans._RANKED_CHOICES = limits
+            ways.append(([plans.Plan.of(ids, 5, 16) for ids in few], made.run(moe_experts)))
     finally:
-        plans._RANKED_CHOICES = most
-    for name in ("keys", "order", "firsts"):
-        assert torch.equal(getattr(found, name).long(), getattr(ranked, name).long()), name
-    for rows in (16, 32):
-        tiles = found.tiles(rows)
-        assert torch.equal(tiles, ranked.tiles(rows)) and int(tiles[0, 0]) <= found.bound(rows) == tiles.shape[0] - 1
-    assert all(torch.equal(x, second[name]) for name, x in first.items())
+        plans._COMPARED_CHOICES, plans._RANKED_CHOICES = before
+    sorts, first = ways[-1]
+    for others, results in ways[:-1]:
+        for found, other in zip(sorts, others, strict=True):
+            for name in ("keys", "order", "firsts"):
+                assert torch.equal(getattr(found, name).long(), getattr(other, name).long()), name
+            for rows in (16, 32):
+                tiles, count = found.tiles(rows), int(found.tiles(rows)[0, 0])
+                assert torch.equal(tiles[: count + 1, :3][1:], other.tiles(rows)[: count + 1, :3][1:])
+                assert count == int(other.tiles(rows)[0, 0]) <= found.bound(rows) == tiles.shape[0] - 1
+        assert all(torch.equal(x, results[name]) for name, x in first.items())
 
 
 def check_only_what_is_wanted() -> None:

@@ -35,26 +35,34 @@ def runs(module: nn.Module, run: Inputs) -> bool:
     return True
 
 
-def cast(run: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same inputs, floating ones in another dtype."""
+def moved(run: Inputs, device: torch.device | str, dtype: torch.dtype | None = None) -> Inputs:
+    """The same inputs on a device; floating ones in another dtype, if one is given."""
 
     def one(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
 
     return tuple(map(one, run[0])), {name: one(x) for name, x in run[1].items()}
 
 
-def in_double(module: nn.Module, stacked: tuple[int, int] | None = None) -> nn.Module:
-    """A copy in float64; with `stacked` (E, e) of the first e experts alone."""
+def on_cpu(module: nn.Module, dtype: torch.dtype | None = None, stacked: tuple[int, int] | None = None) -> nn.Module:
+    """A copy on the CPU, in another floating dtype if one is given; with `stacked` (E, e) of the first e experts alone.
+
+    Nothing is allocated on the module's own device.
+    """
     many, few = stacked or (1, 1)
 
-    def of(parameter: nn.Parameter) -> nn.Parameter:
-        x = parameter.detach()
-        kept = x[: x.shape[0] * few // many] if stacked and x.dim() > 1 else x
-        return nn.Parameter(kept.double(), parameter.requires_grad)
+    def copied(x: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and x.is_floating_point() else x.dtype
+        return x.detach().to("cpu", wanted, copy=True)
 
-    memo: dict[int, Any] = {id(x): of(x) for x in module.parameters()}
-    found = copy.deepcopy(module, memo).double()
+    def kept(x: Tensor) -> Tensor:
+        return x[: x.shape[0] * few // many] if stacked and x.dim() > 1 else x
+
+    memo: dict[int, Any] = {id(x): copied(x) for x in module.buffers()}
+    memo |= {id(x): nn.Parameter(copied(kept(x.detach())), x.requires_grad) for x in module.parameters()}
+    found = copy.deepcopy(module, memo)
     for one in found.modules() if stacked else ():
         vars(one).update({name: few for name, value in vars(one).items() if type(value) is int and value == many})
     return found
@@ -126,7 +134,7 @@ def compare(
                 outcome = verify.Outcome(bool(torch.equal(a, b)), "expert numbers differ")
             elif gold is not None:
                 exact = gold[index]
-                truth = torch.zeros_like(b, dtype=torch.float64) if exact is None else exact
+                truth = torch.zeros_like(b, dtype=torch.float64) if exact is None else exact.to(b.device)
                 # Gradients are sums over tokens and choices in another order.
                 outcome = verify.within_bound(a, b, truth, terms=b.shape[-1] if b.dim() else 1, condition=8.0)
             else:

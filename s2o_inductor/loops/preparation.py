@@ -106,17 +106,24 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
         Every module with experts in a loop: prepared, or declined with the reason.
 
     Raises:
-        S2OError: the model does not run on `sample`.
+        S2OError: the model does not run on `sample`. This and any other exception leaves the model as it was.
     """
     candidates = [(name, module) for name, module in model.named_modules() if _may_hold_experts(module)]
     seen = {} if sample is None else _record(model, sample, [module for _, module in candidates])
-    entries = []
-    # Children first: a block is no candidate any more once its experts are prepared.
-    for name, module in reversed(candidates):
-        entry = _prepare_module(name, module, seen.get(module, []))
-        if entry is not None:
-            entries.append(entry)
-            log.info("%s %s: %s", entry.status, name, entry.reason or entry.formula)
+    entries: list[Entry] = []
+    before = {module for _, module in candidates if _SWAPPED in vars(module)}
+    try:
+        # Children first: a block is no candidate any more once its experts are prepared.
+        for name, module in reversed(candidates):
+            entry = _prepare_module(name, module, seen.get(module, []))
+            if entry is not None:
+                entries.append(entry)
+                log.info("%s %s: %s", entry.status, name, entry.reason or entry.formula)
+    except BaseException:  # an interrupt by the user, too: without a result nobody knows what was prepared
+        for _, module in candidates:
+            if module not in before:
+                _restore_module(module)
+        raise
     # What lies inside a prepared module is not called any more: that it could not be prepared itself is no news.
     inside = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _SWAPPED in vars(module))
     kept = [entry for entry in entries if entry.status == "prepared" or not entry.where.startswith(inside)]
@@ -125,11 +132,15 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
 
 def restore(model: nn.Module) -> int:
     """Undoes `prepare`; returns how many modules were prepared."""
-    found = [module for module in model.modules() if _SWAPPED in vars(module)]
-    for module in found:
-        for name in vars(module).pop(_SWAPPED):
-            del vars(module)[name]
-    return len(found)
+    return sum(_restore_module(module) for module in list(model.modules()))
+
+
+def _restore_module(module: nn.Module) -> bool:
+    """Takes the swapped methods off a module; whether it had any."""
+    names = vars(module).pop(_SWAPPED, None)
+    for name in names or ():
+        vars(module).pop(name, None)
+    return names is not None
 
 
 def _may_hold_experts(module: nn.Module) -> bool:
@@ -185,6 +196,13 @@ def _prepare_module(where: str, module: nn.Module, given: list[Inputs]) -> Entry
             return _Module(where, module).prepare(given)
     except (NotExperts, NoSource) as error:
         return Entry(where, "declined", str(error))
+    except Exception as error:  # a user's code, run in ways it was not written for: one module less, not none
+        log.debug("%s could not be searched for experts", where, exc_info=True)
+        return Entry(where, "declined", f"looking for its experts failed: {type(error).__name__}: {error}")
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (nn.Parameter, Tensor)
 
 
 @dataclasses.dataclass
@@ -193,9 +211,21 @@ class _Module:
 
     where: str
     module: nn.Module
+    tried: nn.Module = dataclasses.field(init=False)  # what calls of unknown outcome are made of
+
+    def __post_init__(self) -> None:
+        # An index out of bounds is an error that can be caught on a CPU, and the end of a process's work on CUDA.
+        self.device = next(self.module.parameters()).device
+        self.tried = self.module if self.device.type == "cpu" else comparison.on_cpu(self.module)
+
+    @property
+    def small(self) -> bool:
+        """Whether there is room for copies of it in float64."""
+        return sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
 
     def prepare(self, given: list[Inputs]) -> Entry | None:
-        runs = [run for run in given or list(self._random_inputs()) if comparison.runs(self.module, run)]
+        given = [comparison.moved(run, "cpu") for run in given] or list(self._random_inputs())
+        runs = [run for run in given if comparison.runs(self.tried, run)]
         if not runs:
             raise NoSource("it does not run on random hidden states; give prepare a sample of the model's inputs")
         modes = [mode for mode in (self.module.training, not self.module.training) if self._loops(runs[0], mode)]
@@ -206,7 +236,7 @@ class _Module:
             raise NotExperts(f"no {first.device.type.upper()} kernel for experts in {first.dtype} in this version")
         if any(name in vars(self.module) for name in probe.methods(self.module)):
             raise NotExperts("another program has replaced a method of it")
-        if any(type(x) not in (nn.Parameter, Tensor) for x in self.module.parameters()):
+        if not all(map(_is_plain, self.module.parameters())):
             raise NotExperts("its parameters are of a class of their own, such as sharded or quantised ones")
         found: dict[str, tuple[Found, Experts]] = {}
         reasons: list[str] = []
@@ -221,11 +251,9 @@ class _Module:
         return self._swap(list(found.values()), runs[0], modes)
 
     def _loops(self, run: Inputs, training: bool) -> bool:
-        self.module.train(training)
+        self.tried.train(training)
         with torch.no_grad():
-            return comparison.runs(self.module, run) and probe.depends_on_data(
-                lambda: comparison.call(self.module, run)
-            )
+            return comparison.runs(self.tried, run) and probe.depends_on_data(lambda: comparison.call(self.tried, run))
 
     def _random_inputs(self) -> Iterator[Inputs]:
         """Hidden states alone, and with expert numbers and routing weights in any order."""
@@ -239,14 +267,14 @@ class _Module:
         generator = torch.Generator().manual_seed(0)
 
         def tensor(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
+            return torch.randn(shape, generator=generator).to(parameter.dtype)
 
         for width in sizes:
             yield (tensor(2, _TOKENS // 2, width),), {}
             yield (tensor(_TOKENS, width),), {}
             for number in numbers:
                 ids = torch.rand(_TOKENS, number, generator=generator).topk(min(2, number)).indices
-                three = (tensor(_TOKENS, width), ids.to(parameter.device), tensor(*ids.shape).abs())
+                three = (tensor(_TOKENS, width), ids, tensor(*ids.shape).abs())
                 for order in ((0, 1, 2), (0, 2, 1)):
                     yield tuple(three[at] for at in order), {}
 
@@ -256,10 +284,9 @@ class _Module:
         Raises:
             NotExperts, NoSource: what stands in the way.
         """
-        small = sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
-        subject = comparison.in_double(self.module) if small else self.module
+        subject = comparison.on_cpu(self.module, torch.float64) if self.small else self.tried
         subject.train(training)
-        run = comparison.cast(run, torch.float64) if small else run
+        run = comparison.moved(run, "cpu", torch.float64) if self.small else run
         paths = list(weights.containers(self.module))
         reason: Exception = NotExperts("its parameters are not the experts of a loop")
         readers: list[Callable[[], Experts]] = [
@@ -279,7 +306,7 @@ class _Module:
         if len(args) != 3:
             raise NotExperts("its experts are stacked, and it does not take tokens, expert numbers and weights")
         kept = min(number, 4)
-        few = comparison.in_double(self.module, stacked=(number, kept))
+        few = comparison.on_cpu(self.module, torch.float64, stacked=(number, kept))
         names = list(run[1]) if run[1] else None
 
         def first_expert(owner: nn.Module, rows: Tensor) -> Any:
@@ -290,33 +317,38 @@ class _Module:
         return weights.read_stacked(few, number, kept, first_expert, args[0].shape[-1])
 
     def _swap(self, found: Sequence[tuple[Found, Experts]], run: Inputs, modes: Sequence[bool]) -> Entry:
-        small = sum(x.numel() for x in self.module.parameters()) <= MAX_DOUBLE
-        gold_of = comparison.in_double(self.module) if small else None
-        cases = [(case, mode) for mode in modes for case in comparison.variants(run)]
-        expected = []
-        for case, mode in cases:
+        gold_of = comparison.on_cpu(self.module, torch.float64) if self.small else None
+        cases, expected = [], []
+        for mode, case in itertools.product(modes, comparison.variants(run)):
             gold = None
             if gold_of is not None:
-                gold = comparison.results(gold_of, comparison.cast(case, torch.float64), mode)
-            expected.append((comparison.results(self.module, case, mode), gold))
-        outcome = verify.Outcome(False, "")
-        for detached in (False, True):
-            for one, experts in found:
-                roles = dataclasses.replace(one.roles, detached=detached)
-                changed = probe.replacement(dataclasses.replace(one, roles=roles), experts, f"{self.where}{PREPARED}")
-                vars(self.module)[one.method] = types.MethodType(changed, self.module)
-            try:
-                outcome = comparison.compare([comparison.results(self.module, *case) for case in cases], expected)
-            except Exception as error:  # a user's code, changed by us: any failure means "not proved"
-                outcome = verify.Outcome(False, f"{type(error).__name__}: {error}")
-            if outcome.passed:
-                break
+                gold = comparison.results(gold_of, comparison.moved(case, "cpu", torch.float64), mode)
+            elif self.tried is not self.module:
+                comparison.call(self.tried.train(mode), case)
+            # What ran on the CPU may run on the module's own device.
+            cases.append((comparison.moved(case, self.device), mode))
+            expected.append((comparison.results(self.module, *cases[-1]), gold))
         methods = tuple(one.method for one, _ in found)
-        if not outcome.passed:
-            for name in methods:
-                del vars(self.module)[name]
-            raise NotExperts(f"with its loop replaced it gives something else: {outcome.detail}")
+        outcome = verify.Outcome(False, "")
         vars(self.module)[_SWAPPED] = methods
+        try:
+            for detached in (False, True):
+                for one, experts in found:
+                    roles = dataclasses.replace(one.roles, detached=detached)
+                    replaced = dataclasses.replace(one, roles=roles)
+                    changed = probe.replacement(replaced, experts, f"{self.where}{PREPARED}")
+                    vars(self.module)[one.method] = types.MethodType(changed, self.module)
+                try:
+                    outcome = comparison.compare([comparison.results(self.module, *case) for case in cases], expected)
+                except Exception as error:  # a user's code, changed by us: any failure means "not proved"
+                    outcome = verify.Outcome(False, f"{type(error).__name__}: {error}")
+                if outcome.passed:
+                    break
+        finally:
+            if not outcome.passed:
+                _restore_module(self.module)
+        if not outcome.passed:
+            raise NotExperts(f"with its loop replaced it gives something else: {outcome.detail}")
         one, experts = found[0]
         formula = dataclasses.replace(experts.spec, score=one.roles.score).describe()
         return Entry(self.where, "prepared", "", experts.number, formula, methods, outcome.detail)

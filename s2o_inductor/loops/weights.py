@@ -8,7 +8,6 @@ formula of `ExpertSpec`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2o_inductor.loops.comparison import on_cpu
 from s2o_inductor.moe_list_ops import moe_experts_list
 from s2o_inductor.moe_ops import hidden_rows, moe_experts
 from s2o_inductor.moe_spec import ExpertSpec
@@ -170,7 +170,7 @@ def read_container(owner: nn.Module, path: Path) -> Experts:
                 raise NotExperts("single experts carry hooks, which would no longer run")
             if getattr(module, "p", 0) and isinstance(module, nn.modules.dropout._DropoutNd):
                 raise NotExperts("the experts drop out values at random")
-    double = copy.deepcopy(experts[0]).double()
+    double = on_cpu(experts[0], torch.float64)
     parameters = {tuple(name.split(".")): x.detach() for name, x in double.named_parameters()}
     matrices = {name: x for name, x in parameters.items() if x.dim() == 2}
     biases = {name: x for name, x in parameters.items() if x.dim() == 1}
