@@ -390,7 +390,7 @@ def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> Sparse
     geometry = Geometry(
         tile=tile, block=block, clusters=kind.choice([1, 4, 4, 8]), rounds=kind.choice([1, 4]),
         sink=kind.choice([0, 1, 2]) * block, bundle=kind.choice([64, 128]),
-        sub_means=kind.choice([1, 2, 4]), run=kind.choice([1, 4, 8, 8]),
+        sub_means=kind.choice([1, 4, 8]), run=kind.choice([1, 4, 8, 8]),
     )  # fmt: skip
     widths = kind.choice([(16, 16), (24, 40)] if small else [(64, 64), (128, 128), (80, 80), (192, 128), (256, 256)])
     dtypes = [torch.float16, torch.float32] if small else [torch.bfloat16] * 6 + [torch.float16, torch.float32]
