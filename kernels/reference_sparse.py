@@ -60,8 +60,8 @@ def representatives(q: Tensor, geometry: Geometry) -> Tensor:
     """The mean queries that rank for a tile: of clusters of its rows, by k-means.
 
     A key that one row looks up is lost in a mean of rows that look elsewhere, and rows that stand together need not be
-    alike. Centres begin as the means of `sub_means` equal parts (fewer where a tile is short) and move `rounds` times to
-    the mean of the rows nearest to them (Lloyd, 1982); one that is nearest to none stays where it is.
+    alike. Means begin as those of `sub_means` equal parts (fewer where a tile is short) and move `rounds` times to the
+    mean of the rows nearest to them (Lloyd, 1982); one that is nearest to none stays where it is.
 
     Args:
         q: (G, R, D), the queries of a tile; each head has clusters of its own.
@@ -71,13 +71,13 @@ def representatives(q: Tensor, geometry: Geometry) -> Tensor:
         (G, parts, D).
     """
     parts = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
-    centres = torch.stack([part.mean(dim=1) for part in parts], dim=1)
+    means = torch.stack([part.mean(dim=1) for part in parts], dim=1)
     for _ in range(geometry.rounds):
-        distance = centres.square().sum(dim=2)[:, None] - 2 * q @ centres.transpose(1, 2)
+        distance = means.square().sum(dim=2)[:, None] - 2 * q @ means.transpose(1, 2)
         member = torch.nn.functional.one_hot(distance.argmin(dim=2), len(parts)).to(q.dtype)
         size = member.sum(dim=1)[..., None]
-        centres = torch.where(size > 0, member.transpose(1, 2) @ q / size.clamp(min=1), centres)
-    return centres
+        means = torch.where(size > 0, member.transpose(1, 2) @ q / size.clamp(min=1), means)
+    return means
 
 
 def run_scores(

@@ -143,9 +143,9 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     shared = {
         "means_ptr": means, "shift_ptr": shift, "heads": heads, "group": group, "tiles": tiling.count,
         "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
-        "MEANS": means_count, "ROUNDS": tiling.geometry.rounds, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "blocks": tiling.keys // tiling.geometry.block, **tiling.arguments(), **padding.arguments(),
-        **groups.arguments(),
+        "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "blocks": tiling.keys // tiling.geometry.block,
+        **tiling.arguments(), **padding.arguments(), **groups.arguments(),
     }  # fmt: skip
     launch(
         scoring.representatives_kernel, representatives_configs(q.dtype, tiling.geometry.tile),
