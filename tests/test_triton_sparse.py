@@ -259,6 +259,8 @@ def test_products_of_scores_take_whole_tiles_and_little_memory(dtype: torch.dtyp
     from s2o_inductor.kernels import triton_sparse_order as ordering
     from s2o_inductor.kernels.launching import block_width
 
+    for tile in (16, 32, 64, 128):
+        assert all(tile % config.rows == 0 for config in ordering.representatives_configs(dtype, tile))
     for make, width in itertools.product((ordering.masses_configs, ordering.scores_configs), (16, 64, 128, 192, 256)):
         most = 64 if dtype == torch.float32 and width > 128 else 128
         for means in (1 << n for n in range(most.bit_length())):
