@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sparse_quality import GEOMETRY, PseudoKeys, Selection, Tile, built, built_tile, clusters, make_tile, runs
 from torch import Tensor
 
-from s2o_inductor.kernels.reference_sparse import run_scores
+from s2o_inductor.kernels.reference_sparse import representatives, run_scores
 from s2o_inductor.kernels.tail_groups import tail_groups
 from s2o_inductor.sparse_policy import Geometry
 
@@ -154,7 +154,8 @@ def smooth(scores: Tensor, neighbours: int) -> Tensor:
 def built_score(tile: Tile, geometry: Geometry = GEOMETRY) -> Tensor:
     """(1, N): the kernels' score, by its definition; all keys of a run share it."""
     groups = tail_groups(tile.k, tile.v, None, geometry)
-    return run_scores(tile.order_q, tile.k, 1.0, geometry, groups, None).repeat_interleave(geometry.run)[None]
+    means = representatives(tile.order_q, geometry).flatten(0, 1)
+    return run_scores(means, tile.k, 1.0, geometry, groups, None).repeat_interleave(geometry.run)[None]
 
 
 def by_tokens(

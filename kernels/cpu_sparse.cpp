@@ -14,6 +14,7 @@
 #include "cpu_documents.h"
 #include "cpu_forecast.h"
 #include "cpu_groups.h"
+#include "cpu_queries.h"
 #include "cpu_rank.h"
 #include "cpu_softmax.h"
 #include "cpu_threads.h"
@@ -61,7 +62,7 @@ class Worker {
   void read_densely(int64_t from, int64_t to);
   void flush(Chunk& chunk);
   void rank();
-  void average(int64_t parts, float* mean) const;
+  void average(int64_t parts, int64_t rounds, float* means);
   bool expects_all(const Prefix& prefix, int64_t total);
   void list_keys();
   void fill(Chunk& chunk, int64_t from, int64_t end);
@@ -91,6 +92,7 @@ class Worker {
   Documents documents_;
 
   Softmax softmax_;
+  Averager averager_;
   Ranker ranker_;
   Forecaster forecaster_;
   std::vector<Voter> voters_;
@@ -179,7 +181,7 @@ void Worker::rank() {
     everything_ = p_.full < 1.0 && p_.max_density >= 1.0 && expects_all(prefix, total);
     if (!everything_) {
       const int64_t parts = std::min(p_.sub_means, rows_), first = head * (p_.length / p_.block * p_.clusters);
-      average(parts, ranker_.start(group_ * parts, p_.width));
+      average(parts, p_.rounds, ranker_.start(group_ * parts, p_.width));
       const Groups groups{p_.tail_k + first * p_.width, p_.tail_spread + first * p_.width, p_.size + first,
                           p_.member + head * chunks * kKeys, p_.clusters, p_.block, static_cast<float>(p_.limit)};
       ranker_.sort(prefix, groups, run, runs_);
@@ -188,25 +190,18 @@ void Worker::rank() {
   list_keys();
 }
 
-// The mean queries (heads, parts, D) of the parts of the tile, the first of which have one row more.
-void Worker::average(int64_t parts, float* mean) const {
-  std::fill_n(mean, group_ * parts * p_.width, 0.0f);
+// The mean queries (heads, parts, D) of the tile, with the factor of scores in them.
+void Worker::average(int64_t parts, int64_t rounds, float* means) {
   for (int64_t head = 0; head < group_; ++head)
-    for (int64_t part = 0, i = 0; part < parts; ++part, mean += p_.width) {
-      const int64_t count = rows_ / parts + (part < rows_ % parts);
-      for (const int64_t stop = i + count; i < stop; ++i) {
-        const float* row = q_row(head, i);
-        for (int64_t d = 0; d < p_.width; ++d) mean[d] += row[d];
-      }
-      for (int64_t d = 0; d < p_.width; ++d) mean[d] *= factor_ / static_cast<float>(count);
-    }
+    averager_.average({q_row(head, 0), p_.q_strides[2], rows_, p_.width}, factor_, rounds, parts,
+                      means + head * parts * p_.width);
 }
 
 // Whether the tile can be expected to read so much of its prefix, `total` keys that may be seen, that it had better
 // read all of it.
 bool Worker::expects_all(const Prefix& prefix, int64_t total) {
   const int64_t parts = std::min(kVoters, rows_);
-  average(parts, means_.of(group_ * parts * p_.width));
+  average(parts, 0, means_.of(group_ * parts * p_.width));
   voters_.clear();
   float* query = queries_.of(group_ * parts * p_.width);
   for (int64_t head = 0; head < group_; ++head)

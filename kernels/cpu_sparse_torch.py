@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s2o_inductor.kernels.documents import Documents
-from s2o_inductor.kernels.reference_sparse import Sparse, run_order, run_scores, tiles_of
+from s2o_inductor.kernels.reference_sparse import Sparse, representatives, run_order, run_scores, tiles_of
 from s2o_inductor.kernels.stop_rule import expected_share
 from s2o_inductor.kernels.tail_groups import Groups, groups_within, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Geometry
@@ -124,7 +124,8 @@ def run(
                 if share > full:
                     budget = torch.zeros_like(budget)
                 else:
-                    scores = run_scores(*ranked, scale, geometry, in_prefix, hidden)
+                    means = representatives(ranked[0], geometry).flatten(0, 1)
+                    scores = run_scores(means, ranked[1], scale, geometry, in_prefix, hidden)
                     order = run_order(scores, geometry.run, hidden)
                 shown = ~hidden[order]
                 read, left = _bundles(

@@ -3,7 +3,8 @@
 S2O (arXiv 2602.22575) lets every tile of queries read the tokens of its prefix in falling order of importance,
 through an index, until what is left is not worth reading. The steps, each a function below:
 
-    score   mean queries of the tile rank the runs of neighbouring keys of the prefix   `run_scores`
+    mean    queries of the tile that are alike, so that each of their means is of few   `representatives`
+    score   these mean queries rank the runs of neighbouring keys of the prefix         `run_scores`
     order   the prefix by falling score                                                 `run_order`
     attend  the dense part, then bundle after bundle of the order, until the stop rule  `sparse_attention`
     tail    groups of like keys stand in for those of them that were skipped             `tail_groups`
@@ -55,21 +56,44 @@ class Sparse:
     visible: Tensor
 
 
+def representatives(q: Tensor, geometry: Geometry) -> Tensor:
+    """The mean queries that rank for a tile: of clusters of its rows, by k-means.
+
+    A key that one row looks up is lost in a mean of rows that look elsewhere, and rows that stand together need not be
+    alike. Means begin as those of `sub_means` equal parts (fewer where a tile is short) and move `rounds` times to the
+    mean of the rows nearest to them (Lloyd, 1982); one that is nearest to none stays where it is.
+
+    Args:
+        q: (G, R, D), the queries of a tile; each head has clusters of its own.
+        geometry: sizes.
+
+    Returns:
+        (G, parts, D).
+    """
+    parts = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
+    means = torch.stack([part.mean(dim=1) for part in parts], dim=1)
+    for _ in range(geometry.rounds):
+        distance = means.square().sum(dim=2)[:, None] - 2 * q @ means.transpose(1, 2)
+        member = torch.nn.functional.one_hot(distance.argmin(dim=2), len(parts)).to(q.dtype)
+        size = member.sum(dim=1)[..., None]
+        means = torch.where(size > 0, member.transpose(1, 2) @ q / size.clamp(min=1), means)
+    return means
+
+
 def run_scores(
-    q: Tensor, k: Tensor, scale: float, geometry: Geometry, groups: Groups | None, hidden: Tensor | None
+    means: Tensor, k: Tensor, scale: float, geometry: Geometry, groups: Groups | None, hidden: Tensor | None
 ) -> Tensor:
     """Importance of every run of neighbouring keys of a prefix for a tile of queries.
 
-    The tile is cut into `sub_means` parts of rows (fewer where it is short). For the mean query of each, a key's share
-    of the softmax over the prefix is compared with the share of one key of its group: a key that is like its group
-    loses nothing if the group stands in for it, so what counts is how far the two lie apart. Means over parts and over
-    the heads in `q` are taken; the score of a run is the largest of its visible keys, or half the score of a run
-    beside it if that is more: what a heavy key is to tell often stands just behind it, and the end of a run must not
-    cut it off. The mass of the prefix, which shares are of, is that of its groups. Without groups a key's score is
-    its share.
+    For each mean query, a key's share of the softmax over the prefix is compared with the share of one key of its
+    group: a key that is like its group loses nothing if the group stands in for it, so what counts is how far the two
+    lie apart. Means over the queries are taken; the score of a run is the largest of its visible keys, or half the
+    score of a run beside it if that is more: what a heavy key is to tell often stands just behind it, and the end of a
+    run must not cut it off. The mass of the prefix, which shares are of, is that of its groups. Without groups a key's
+    score is its share.
 
     Args:
-        q: (G, R, D), the queries of a tile; all G heads share the order.
+        means: (M, D), the `representatives` of all heads that share the order.
         k: (N, D), the prefix, whole runs.
         scale: of the scores.
         geometry: sizes.
@@ -79,8 +103,6 @@ def run_scores(
     Returns:
         (N / run,); 0 where no key of the run is visible.
     """
-    parts = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
-    means = torch.stack([part.mean(dim=1) for part in parts], dim=1).flatten(0, 1)
     shown = torch.ones(k.shape[0], dtype=torch.bool, device=k.device) if hidden is None else ~hidden
     logits = (means @ k.T * scale).masked_fill(~shown, _HIDDEN)
     if groups is None:
@@ -89,7 +111,7 @@ def run_scores(
         size = groups.member[shown].bincount(minlength=groups.k.shape[0])
         of_groups = tail_logits(means, groups, size, size, scale, geometry.limit)
         total = of_groups.logsumexp(dim=1, keepdim=True)
-        share = (of_groups - size.to(q.dtype).log() - total).exp()
+        share = (of_groups - size.to(k.dtype).log() - total).exp()
         apart = ((logits - total).exp() - share[:, groups.member]).abs()
     score = apart.mean(dim=0).masked_fill(~shown, 0.0).unflatten(0, (-1, geometry.run)).amax(dim=1)
     beside = torch.nn.functional.pad(score, (1, 1))
@@ -216,8 +238,8 @@ def sparse_attention(
                 limits = [budgets[h % len(budgets)] for h in range(head * group, (head + 1) * group)]
                 for members in [slice(0, group)] if share_order else [slice(i, i + 1) for i in range(group)]:
                     scores = run_scores(
-                        q[b, of_group, rows][members], k[b, head, prefix], scale, geometry,
-                        groups_within(groups, prefix, geometry), hidden,
+                        representatives(q[b, of_group, rows][members], geometry).flatten(0, 1), k[b, head, prefix],
+                        scale, geometry, groups_within(groups, prefix, geometry), hidden,
                     )  # fmt: skip
                     orders += [run_order(scores, geometry.run, hidden)] * (members.stop - members.start)
                     if full < 1 and rule == "tail" and max_density == 1:
@@ -265,7 +287,8 @@ def chosen_keys(
         rows = q[start - (length - queries) : end - (length - queries)]
         sees = _visible(start, end, length, True, None, allowed)
         prefix = slice(*_prefix(start, end, length, True, None, geometry))
-        scores = run_scores(rows[None], k[prefix], scale, geometry, groups_within(groups, prefix, geometry), None)
+        means, in_prefix = representatives(rows[None], geometry)[0], groups_within(groups, prefix, geometry)
+        scores = run_scores(means, k[prefix], scale, geometry, in_prefix, None)
         order = run_order(scores, geometry.run)
         _, _, read = _choose(rows, k, sees, prefix, order, scale, "tail", budget, 1.0, geometry)
         chosen.append(read & sees.any(dim=0))

@@ -6,7 +6,7 @@ order, positions rising inside one. That is enough: any order inside a bundle is
 bin differ by an eighth at most. Six kernels, none of which waits for the host; the first three are in
 `triton_sparse_scores.py`, the others in `triton_sparse_table.py`:
 
-    representatives   mean queries of the parts of each tile, for all query heads of a key/value head
+    representatives   mean queries of clusters of each tile, for all query heads of a key/value head
     masses            log-sum-exp of each representative's scores over the groups of its prefix
     scores            how far keys are from their group, mean over representatives and runs, as bins; reads all keys
     histogram         runs in each bin, per segment of the prefix
@@ -76,6 +76,18 @@ class Ranking:
     arguments: dict[str, Any]
 
 
+def representatives_configs(dtype: torch.dtype, tile: int) -> list[Config]:
+    """Ways to run the kernel of representatives, fastest first: queries of a tile at a time, which divide it.
+
+    Args:
+        dtype: of q.
+        tile: queries of a tile, a power of two from 16 on.
+    """
+    if dtype == torch.float32:
+        return [Config(min(32, tile), 0, 8, 1), Config(16, 0, 4, 1)]
+    return [Config(min(64, tile), 0, 4, 1), Config(16, 0, 4, 1)]
+
+
 def masses_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
     """Ways to run the kernel of masses, fastest first: representatives, a multiple of a tile's, and groups at a time.
 
@@ -131,13 +143,13 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     shared = {
         "means_ptr": means, "shift_ptr": shift, "heads": heads, "group": group, "tiles": tiling.count,
         "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
-        "MEANS": means_count, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "blocks": tiling.keys // tiling.geometry.block, **tiling.arguments(), **padding.arguments(),
-        **groups.arguments(),
+        "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "blocks": tiling.keys // tiling.geometry.block,
+        **tiling.arguments(), **padding.arguments(), **groups.arguments(),
     }  # fmt: skip
     launch(
-        scoring.representatives_kernel, [Config(0, 0, 4, 1)], lambda _: rows * tiling.count * (means_count // sub),
-        lambda _: {**shared, "q_ptr": q, "q_steps": steps_of(q)},
+        scoring.representatives_kernel, representatives_configs(q.dtype, tiling.geometry.tile),
+        lambda _: rows * tiling.count * (means_count // sub), lambda _: {**shared, "q_ptr": q, "q_steps": steps_of(q)},
     )  # fmt: skip
     launch(
         scoring.masses_kernel, masses_configs(k.dtype, width, means_count),

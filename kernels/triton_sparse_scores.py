@@ -25,14 +25,16 @@ SPAN_GROUPS = tl.constexpr(32)
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def representatives_kernel(
     q_ptr, q_steps, means_ptr, heads, group, queries, keys, first_tile, tiles, scale, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr, ROUNDS: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """Mean queries of one query head and tile: rows [member * SUB, (member + 1) * SUB) of means (.., MEANS, D).
 
-    They come times scale * log2(e), so that their products with keys are scores in base 2. A tile of fewer than SUB
-    queries has fewer parts; rows without one are zero.
+    Of equal parts of its queries, BM of them at a time, and then ROUNDS times of those nearest to each mean; distances
+    are from means rounded to the type of the queries. They come times scale * log2(e), so that their products with keys
+    are scores in base 2. A tile of fewer than SUB queries has fewer parts; rows without one are zero.
     """
-    scale2 = tl.cast(scale, tl.float32) * LOG2_E
+    CENTRES: tl.constexpr = SUB if SUB > LEAST_ROWS else LEAST_ROWS
     members = MEANS // SUB
     member = tl.program_id(0) % members
     row = tl.program_id(0) // members
@@ -42,19 +44,33 @@ def representatives_kernel(
     start = tl.maximum((first_tile + tile) * TILE, keys - queries)
     size = tl.minimum((first_tile + tile + 1) * TILE, keys) - start
     parts = tl.minimum(SUB, size)
-    at = tl.arange(0, TILE // SUB)
+    each, more = size // parts, size % parts  # as torch's tensor_split: the first parts take one query more
+    head = kv_head * group + member
+    centre = tl.arange(0, CENTRES)
+    means = tl.zeros((CENTRES, BLOCK_D), tl.float32)
+    for step in tl.range(0, ROUNDS + 1, num_stages=1):
+        rounded = means.to(q_ptr.dtype.element_ty)
+        wide = rounded.to(tl.float32)
+        square = tl.where(centre < parts, tl.sum(wide * wide, 1), float("inf"))
+        sums = tl.zeros((CENTRES, BLOCK_D), tl.float32)
+        count = tl.zeros((CENTRES,), tl.int32)
+        for first in tl.range(0, TILE, BM, num_stages=1):
+            at = first + tl.arange(0, BM)
+            there = at < tl.where(member < group, size, 0)
+            q = gather_rows(q_ptr, q_steps, batch, head, start - (keys - queries) + at, there, True, D, BLOCK_D)
+            nearest = tl.argmin(square[None, :] - 2.0 * tl.dot(q, rounded.T, input_precision="ieee"), 1)
+            longer = more * (each + 1)
+            part = tl.where(at < longer, at // (each + 1), more + (at - longer) // each)
+            nearest = tl.where(step == 0, part, nearest)
+            near = (centre[:, None] == nearest[None, :]) & there[None, :]
+            sums = tl.dot(near.to(q.dtype), q, sums, input_precision="ieee")
+            count += tl.sum(near.to(tl.int32), 1)
+        means = tl.where((count > 0)[:, None], sums / tl.maximum(count, 1).to(tl.float32)[:, None], means)
+    scale2 = tl.cast(scale, tl.float32) * LOG2_E
     column = tl.arange(0, BLOCK_D)
-    base = q_ptr + batch.to(tl.int64) * q_steps[0] + (kv_head * group + member).to(tl.int64) * q_steps[1]
-    for part in tl.static_range(SUB):
-        # As torch's tensor_split: the first parts take one query more.
-        length = size // parts + tl.where(size % parts > part, 1, 0)
-        length = tl.where((parts > part) & (member < group), length, 0)
-        begin = start - (keys - queries) + (size // parts) * part + tl.minimum(size % parts, part)
-        place = base + (begin + at).to(tl.int64)[:, None] * q_steps[2] + column[None, :]
-        values = tl.load(place, mask=(at < length)[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-        mean = tl.sum(values, 0) / tl.maximum(length, 1).to(tl.float32) * scale2
-        to = means_ptr + (row.to(tl.int64) * MEANS + member * SUB + part) * D + column
-        tl.store(to, mean.to(means_ptr.dtype.element_ty), mask=column < D)
+    to = means_ptr + (row.to(tl.int64) * MEANS + member * SUB + centre)[:, None] * D + column[None, :]
+    mean = tl.where((centre < parts)[:, None], means * scale2, 0.0)
+    tl.store(to, mean.to(means_ptr.dtype.element_ty), mask=(centre < SUB)[:, None] & (column < D)[None, :])
 
 
 @triton.jit

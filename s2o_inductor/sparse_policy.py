@@ -28,12 +28,12 @@ class Geometry:
         bundle: keys read between two stop tests.
         horizon: bundles that the stop rule takes to be left at least. A row's estimate is at most r / (1 + r) with r
             bundles left: without this a short prefix would stop for being short, whatever it holds.
-        sub_means: parts of a tile whose mean queries rank the keys; divides `tile`.
+        sub_means: clusters of a tile's queries, like ones together, whose means rank the keys; divides `tile`.
         run: neighbouring keys that are ranked and read together, from a multiple of it on; divides `bundle` and
             `block`.
         block: positions whose keys are grouped together; a prefix is whole blocks.
         clusters: groups in a block; 0 drops the tail.
-        rounds: Lloyd iterations that make the groups.
+        rounds: Lloyd iterations that make the groups, and the clusters of queries.
         limit: most nats that the spread of a group's keys may add to its score.
     """
 
@@ -41,7 +41,7 @@ class Geometry:
     sink: int = 256
     bundle: int = 512
     horizon: int = 8
-    sub_means: int = 4
+    sub_means: int = 8
     run: int = 8
     block: int = 256
     clusters: int = 4
@@ -115,8 +115,9 @@ class Extent:
 
         Products count whole tiles, hidden pairs in them too. Work adds ranking and the tail in the same unit: a pair is
         one product with a key and one with a value of equal width. Mean queries meet keys alone, half a pair; they
-        and all rows meet the groups' keys and variances, and rows the groups' values. Grouping itself, once per
-        key/value head, is under a thousandth from 32,768 tokens on and left out, as is what sorting and gathering move.
+        and all rows meet the groups' keys and variances, and rows the groups' values. In each round that makes mean
+        queries, rows meet the means and are added up to new ones, a pair. Grouping keys, once per key/value head, is
+        under a thousandth from 32,768 tokens on and left out, as is what sorting and gathering move.
 
         Args:
             bundles: read by each tile.
@@ -128,6 +129,7 @@ class Extent:
             exact += keys.exact
             multiplied += keys.dense + _whole(min(count * geometry.bundle, keys.ranked))
             extra += geometry.sub_means / geometry.tile * (keys.ranked / 2 + groups) + 1.5 * groups
+            extra += geometry.sub_means * geometry.rounds if keys.ranked else 0
         return multiplied / max(exact, 1), (multiplied + extra) / max(exact, 1)
 
 

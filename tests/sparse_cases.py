@@ -19,6 +19,8 @@ from s2o_inductor.testing import LAYOUTS, assert_close_to_gold, attention_inputs
 
 if TYPE_CHECKING:
     from s2o_inductor.kernels.triton_sparse_groups import GroupTable
+    from s2o_inductor.kernels.triton_sparse_order import Ranking
+    from s2o_inductor.kernels.triton_sparse_tiles import Tiling
 
 # Bins of the order hold scores that differ by an eighth.
 BIN = 1.126
@@ -69,22 +71,41 @@ class SparseProblem:
 
         return group_keys(aligned(self.k), aligned(self.v), Padding.of(self.keys, self.geometry.run), self.geometry)
 
-    def order(self) -> tuple[Tensor, Tensor]:
-        """Page table and counts of all tiles, as `forward` makes them."""
+    def ranking(self) -> Ranking:
+        """Representatives and masses of all tiles, as `forward` makes them."""
         from s2o_inductor.kernels import triton_sparse_order
         from s2o_inductor.kernels.documents import Documents
         from s2o_inductor.kernels.operands import aligned, positive_scale
-        from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
+        from s2o_inductor.kernels.triton_sparse_tiles import Padding
 
-        tiling = Tiling(self.q.shape[2], self.k.shape[2], self.causal, self.window, self.geometry)
         q, scale, _ = positive_scale(self.q, self.factor)
-        k = aligned(self.k)
         packed = None if self.documents is None else Documents.of(*self.documents, self.geometry)
         padding = Padding.of(self.keys, self.geometry.run, packed)
-        ranking = triton_sparse_order.rank(aligned(q), k, scale, tiling, padding, self.group_table())
-        density = fractions.Fraction(self.max_density).limit_denominator(1 << 20)
-        order = triton_sparse_order.order(ranking, k, tiling, density, 0, tiling.count)
+        return triton_sparse_order.rank(
+            aligned(q), aligned(self.k), scale, self._tiling(), padding, self.group_table()
+        )  # fmt: skip
+
+    def order(self, ranking: Ranking | None = None) -> tuple[Tensor, Tensor]:
+        """Page table and counts of all tiles, as `forward` makes them; `ranking` if it is there already."""
+        from s2o_inductor.kernels import triton_sparse_order
+        from s2o_inductor.kernels.operands import aligned
+
+        density, tiling = fractions.Fraction(self.max_density).limit_denominator(1 << 20), self._tiling()
+        order = triton_sparse_order.order(ranking or self.ranking(), aligned(self.k), tiling, density, 0, tiling.count)
         return order.table.cpu(), order.listed.cpu()
+
+    def _tiling(self) -> Tiling:
+        from s2o_inductor.kernels.triton_sparse_tiles import Tiling
+
+        return Tiling(self.q.shape[2], self.k.shape[2], self.causal, self.window, self.geometry)
+
+    def representatives(self, ranking: Ranking) -> Tensor:
+        """The kernels' mean queries, float32 (B, Hkv, tiles, heads, sub_means, D); heads beyond a group are zero."""
+        from s2o_inductor.kernels.operands import positive_scale
+
+        _, scale, sign = positive_scale(self.q, self.factor)
+        means = ranking.means.cpu().float() * (sign / (scale * math.log2(math.e)))
+        return means.unflatten(2, (-1, self.geometry.sub_means)).unflatten(0, self.k.shape[:2])
 
     @property
     def factor(self) -> float:
@@ -116,23 +137,36 @@ class SparseProblem:
     def check(self, **options: Any) -> Sparse:
         """Asserts that result, statistics and stops are right for the order that was chosen, and the order itself."""
         result = self.run(**options)
-        table, listed = self.order()
-        self.check_order(table, listed)
+        ranking = self.ranking()
+        table, listed = self.order(ranking)
+        self.check_order(table, listed, ranking)
         return self.check_replay(result, table, listed)
 
-    def check_order(self, table: Tensor, listed: Tensor) -> None:
-        """Each run once, none that is hidden, as many as the density allows, and by falling score up to a bin."""
+    def check_order(self, table: Tensor, listed: Tensor, ranking: Ranking) -> None:
+        """Each run once, none that is hidden, as many as the density allows, and by falling score up to a bin.
+
+        Scores are those of the kernels' representatives: a query between two means may join either, but they must
+        stand for the queries as well as the reference's do.
+        """
         group, run = self.q.shape[1] // self.k.shape[1], self.geometry.run
         q, k = self.q.cpu().float(), self.k.cpu().float()
+        representatives = self.representatives(ranking)
         for b in range(k.shape[0]):
             for head in range(k.shape[1]):
                 groups = self._groups(b, head, torch.float32)
                 for t, (start, end, low, high) in enumerate(self.tiles(b)):
                     hidden = ~self._allowed(b)[low:high]
                     rows = slice(start - k.shape[2] + q.shape[2], end - k.shape[2] + q.shape[2])
+                    queries = q[b, head * group : (head + 1) * group, rows]
+                    means = representatives[b, head, t, :group, : queries.shape[1]]
+                    assert not representatives[b, head, t, group:].any()
+                    assert not representatives[b, head, t, :, queries.shape[1] :].any()
+                    if self.factor:
+                        best = apart(queries, reference_sparse.representatives(queries, self.geometry))
+                        assert (apart(queries, means) <= best + 0.02 * apart(queries, 0 * means)).all()
                     ranked_by = (
-                        q[b, head * group : (head + 1) * group, rows], k[b, head, low:high], self.factor,
-                        self.geometry, groups_within(groups, slice(low, high), self.geometry), hidden,
+                        means.flatten(0, 1), k[b, head, low:high], self.factor, self.geometry,
+                        groups_within(groups, slice(low, high), self.geometry), hidden,
                     )  # fmt: skip
                     scores = reference_sparse.run_scores(*ranked_by)
                     noise = rounding_of_scores(*ranked_by, self.q.dtype)
@@ -269,8 +303,13 @@ class SparseProblem:
         assert abs(float(result.tail[at]) - float(left.mean())) < slack
 
 
+def apart(q: Tensor, means: Tensor) -> Tensor:
+    """(G,): squared distances of queries (G, R, D) from the nearest of their means (G, P, D), added up."""
+    return (q[:, :, None] - means[:, None]).square().sum(dim=3).amin(dim=2).sum(dim=1)
+
+
 def rounding_of_scores(
-    q: Tensor, k: Tensor, scale: float, geometry: Geometry, groups: Groups, hidden: Tensor, dtype: torch.dtype
+    means: Tensor, k: Tensor, scale: float, geometry: Geometry, groups: Groups, hidden: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """How far rounding to `dtype` may move what `reference_sparse.run_scores` returns for these arguments: (N / run,).
 
@@ -283,16 +322,14 @@ def rounding_of_scores(
     if hidden.all():
         return torch.zeros(k.shape[0] // geometry.run)
     deviation = torch.finfo(dtype).eps / 2 / math.sqrt(3)
-    parts = q.tensor_split(min(geometry.sub_means, q.shape[1]), dim=1)
-    means = torch.stack([part.mean(dim=1) for part in parts], dim=1).flatten(0, 1)
     size = groups.member[~hidden].bincount(minlength=groups.k.shape[0])
     spread = means.square() @ groups.variance.T * (scale**2 / 2)
     of_groups = means @ groups.k.T * scale + spread.clamp(max=geometry.limit)
-    total = (of_groups + size.to(q.dtype).log()).logsumexp(dim=1, keepdim=True)
+    total = (of_groups + size.to(k.dtype).log()).logsumexp(dim=1, keepdim=True)
     square = means.square() * scale**2
     of_key = (square @ k.square().T).sqrt() * deviation
     of_group = 2 * square @ groups.k.square().T
-    moves = (spread < 2 * geometry.limit).to(q.dtype)  # far above the limit, a spread is the limit
+    moves = (spread < 2 * geometry.limit).to(k.dtype)  # far above the limit, a spread is the limit
     of_group += moves * 4 * (square.square() @ groups.variance.square().T) / 4
     of_group = of_group.sqrt() * deviation
     of_mass = ((of_groups - total).exp() * size * of_group).sum(dim=1, keepdim=True)
@@ -354,7 +391,7 @@ def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> Sparse
     geometry = Geometry(
         tile=tile, block=block, clusters=kind.choice([1, 4, 4, 8]), rounds=kind.choice([1, 4]),
         sink=kind.choice([0, 1, 2]) * block, bundle=kind.choice([64, 128]),
-        sub_means=kind.choice([1, 2, 4]), run=kind.choice([1, 4, 8, 8]),
+        sub_means=kind.choice([1, 4, 8]), run=kind.choice([1, 4, 8, 8]),
     )  # fmt: skip
     widths = kind.choice([(16, 16), (24, 40)] if small else [(64, 64), (128, 128), (80, 80), (192, 128), (256, 256)])
     dtypes = [torch.float16, torch.float32] if small else [torch.bfloat16] * 6 + [torch.float16, torch.float32]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2o_inductor.kernels import reference
-from s2o_inductor.kernels.reference_sparse import run_order, run_scores, sparse_attention, tiles_of
+from s2o_inductor.kernels.reference_sparse import representatives, run_order, run_scores, sparse_attention, tiles_of
 from s2o_inductor.kernels.stop_rule import stop_after
 from s2o_inductor.kernels.tail_groups import Groups, tail_groups, tail_logits
 from s2o_inductor.sparse_policy import Extent, Geometry, keys_of_tiles
@@ -277,6 +277,8 @@ def test_whole_tiles_that_read_everything_do_what_exact_attention_does(tiles: in
     ranked = sum(tile.ranked for tile in keys_of_tiles(extent, geometry))
     groups = ranked * geometry.clusters / geometry.block
     extra = geometry.sub_means * (ranked / 2 + groups) + geometry.tile * 1.5 * groups
+    ranking = sum(tile.ranked > 0 for tile in keys_of_tiles(extent, geometry))
+    extra += ranking * geometry.tile * geometry.sub_means * geometry.rounds
     assert (work - mma) * 128 * 128 * tiles * (tiles + 1) / 2 == pytest.approx(extra)
 
 
@@ -285,20 +287,52 @@ def test_shares_and_order_by_hand() -> None:
     geometry = Geometry(tile=2, sink=0, bundle=2, sub_means=2, run=1, block=2, clusters=0)
     k = torch.eye(4, dtype=torch.float64)
     q = torch.tensor([[[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 0.0]]], dtype=torch.float64)
-    scores = run_scores(q, k, 1.0, geometry, None, None)
+    scores = run_scores(representatives(q, geometry)[0], k, 1.0, geometry, None, None)
     torch.testing.assert_close(scores, scores.new_tensor([0.25, 0.5, 0.5, 0.25]), rtol=1e-3, atol=0.0)
     assert sorted(run_order(scores, 1)[:2].tolist()) == [1, 2]
     assert run_order(scores.round(decimals=6), 1).tolist() == [1, 2, 0, 3]  # equal scores: by position
     # One mean query for both rows sees neither: what sub-means are for.
-    assert run_scores(q, k, 1.0, dataclasses.replace(geometry, sub_means=1), None, None)[1] < scores[1]
-    pairs = run_scores(q, k, 1.0, dataclasses.replace(geometry, run=2), None, None)
+    mean = representatives(q, dataclasses.replace(geometry, sub_means=1))[0]
+    assert run_scores(mean, k, 1.0, geometry, None, None)[1] < scores[1]
+    pairs = run_scores(q[0], k, 1.0, dataclasses.replace(geometry, run=2), None, None)
     torch.testing.assert_close(pairs, scores.unflatten(0, (2, 2)).amax(dim=1))
     assert run_order(torch.tensor([0.1, 0.2]), 2).tolist() == [2, 3, 0, 1]
     # A hidden key has no score and takes none from its run; a run without a visible key is not listed.
     hidden = torch.tensor([False, True, True, True])
-    masked = run_scores(q, k, 1.0, dataclasses.replace(geometry, run=2), None, hidden)
+    masked = run_scores(q[0], k, 1.0, dataclasses.replace(geometry, run=2), None, hidden)
     torch.testing.assert_close(masked, masked.new_tensor([1.0, 0.0]))
     assert run_order(masked, 2, hidden).tolist() == [0, 1]
+
+
+def test_a_row_that_looks_elsewhere_has_a_mean_of_its_own() -> None:
+    """Two rows look up a key each among rows that do not: a mean of neighbours finds neither, one of like rows does."""
+    geometry = Geometry(tile=9, sink=0, bundle=9, sub_means=3, run=1, block=9, clusters=0)
+    k = 4 * torch.eye(9, dtype=torch.float64)
+    common, first, second = (5 * torch.eye(9, dtype=torch.float64)[i] for i in (0, 3, 6))
+    q = torch.stack([common, first, common, common, common, common, second, common, common])
+    means = representatives(q[None], geometry)[0]
+    torch.testing.assert_close(means[means.argmax(dim=1).argsort()], torch.stack([common, first, second]))
+    neighbours = torch.stack([part.mean(dim=0) for part in q.tensor_split(3)])
+    for rows, least, most in ((means, 0.3, 1.0), (neighbours, 0.0, 0.01)):
+        found = run_scores(rows, k, 1.0, geometry, None, None)[[3, 6]]
+        assert (least < found).all() and (found < most).all()
+
+
+@given(st.integers(0, 2**16), st.sampled_from([1, 3, 16]), st.sampled_from([1, 5, 40]))
+def test_representatives_are_means_of_rows(seed: int, parts: int, rows: int) -> None:
+    """Never farther from the rows than the means of equal parts, and one round never brings them farther away."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, rows, 4, generator=generator, dtype=torch.float64)
+    geometry = Geometry(tile=48, sink=0, block=48, bundle=48, run=1, sub_means=parts)
+    equal = torch.stack([part.mean(dim=1) for part in q.tensor_split(min(parts, rows), dim=1)], dim=1)
+    distances = [torch.cdist(q, equal).amin(dim=2).square().sum(dim=1)]
+    for rounds in (1, 2, 4):
+        means = representatives(q, dataclasses.replace(geometry, rounds=rounds))
+        assert means.shape == equal.shape
+        distances.append(torch.cdist(q, means).amin(dim=2).square().sum(dim=1))
+        assert (distances[-1] <= distances[-2] + 1e-9).all()
+    if parts == 1:
+        torch.testing.assert_close(means, q.mean(dim=1, keepdim=True))
 
 
 def test_a_key_like_its_group_is_read_last() -> None:
@@ -308,7 +342,7 @@ def test_a_key_like_its_group_is_read_last() -> None:
     k = torch.stack([heavy] * 6 + [light, other])
     groups = Groups(torch.tensor([0] * 6 + [1, 1]), *(torch.stack([heavy, (light + other) / 2]),) * 3)
     groups = dataclasses.replace(groups, variance=torch.zeros_like(groups.k))
-    scores = run_scores(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64), k, 1.0, geometry, groups, None)
+    scores = run_scores(torch.tensor([[1.0, 0.0]], dtype=torch.float64), k, 1.0, geometry, groups, None)
     mass = 6 * math.exp(3.0) + 2 * math.exp(-0.5)
     light_apart, other_apart = (math.exp(-0.5) - math.exp(-3.0)) / mass, (math.exp(2.0) - math.exp(-0.5)) / mass
     expected = [0.0] * 5 + [light_apart / 2, max(light_apart, other_apart / 2), other_apart]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2o_inductor.kernels import reference
-from s2o_inductor.kernels.reference_sparse import sparse_attention
+from s2o_inductor.kernels.reference_sparse import representatives, sparse_attention, tiles_of
 from s2o_inductor.mask_spec import MaskSpec
 from s2o_inductor.sparse_policy import Geometry, SparsePolicy
 from s2o_inductor.testing import assert_close_to_gold
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
         "max_density": 0.5,
     },
     "float32, all representatives of few tiles": {
-        "dtype": torch.float32, "widths": (144, 16), "heads": (16, 1), "lengths": (20, 330), "max_density": 0.4,
+        "dtype": torch.float32, "widths": (144, 16), "heads": (8, 1), "lengths": (20, 330), "max_density": 0.4,
         "geometry": Geometry(bundle=64, sink=64, block=64, tile=32),
     },
     "blocks of 16": {
@@ -117,6 +117,26 @@ def check_explicit_table() -> None:
     half = listed // 2
     part = cuda_sparse.attend(case.q, case.k, case.v, table, half, **options)
     dataclasses.replace(case, budgets=(1e-9,)).check_replay(part, table, half)
+
+
+def check_representatives(**fields: Any) -> None:
+    """Queries of a few kinds, one in seven in the part of another kind: each mean is of one kind, all of it."""
+    case = sparse_problem(**fields)
+    group, sub = case.q.shape[1] // case.k.shape[1], case.geometry.sub_means
+    of_kind = 20 * torch.randn(sub, case.q.shape[3], generator=torch.Generator().manual_seed(5))
+    before, expected = case.k.shape[2] - case.q.shape[2], []
+    for start, end in tiles_of(case.q.shape[2], case.k.shape[2], case.geometry.tile):
+        parts = torch.arange(end - start).tensor_split(min(sub, end - start))
+        kind = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])
+        kind[::7] = kind[::7].flip(0)
+        q = case.q[:, :, start - before : end - before]
+        q.copy_(of_kind[kind] + q / 8)
+        expected.append(torch.stack([q[0, :, kind == i].double().mean(dim=1) for i in range(len(parts))], dim=1))
+        torch.testing.assert_close(representatives(q[0].double(), case.geometry), expected[-1])
+    actual, eps = case.representatives(case.ranking()), torch.finfo(case.q.dtype).eps
+    for t, means in enumerate(expected):
+        found = actual[0, :, t, :group, : means.shape[1]].flatten(0, 1)
+        torch.testing.assert_close(found.double(), means, rtol=2 * eps, atol=2 * eps)
 
 
 def check_heavy_tail(nothing_else: bool) -> None:
@@ -196,6 +216,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "documents by themselves": check_documents,
     "no look into other documents": check_other_documents,
     "a table of the caller's": check_explicit_table,
+    "means of like queries": lambda: check_representatives(heads=(3, 1), lengths=(300, 300)),
+    "means of like queries, float32": lambda: check_representatives(
+        heads=(4, 2), lengths=(130, 300), dtype=torch.float32, widths=(40, 16), geometry=Geometry(sub_means=16)
+    ),
     "a tail that outweighs the rest": lambda: check_heavy_tail(False),
     "a tail and nothing else": lambda: check_heavy_tail(True),
     "budgets are monotone, 0 is exact": check_budgets_are_monotone,
@@ -235,6 +259,8 @@ def test_products_of_scores_take_whole_tiles_and_little_memory(dtype: torch.dtyp
     from s2o_inductor.kernels import triton_sparse_order as ordering
     from s2o_inductor.kernels.launching import block_width
 
+    for tile in (16, 32, 64, 128):
+        assert all(tile % config.rows == 0 for config in ordering.representatives_configs(dtype, tile))
     for make, width in itertools.product((ordering.masses_configs, ordering.scores_configs), (16, 64, 128, 192, 256)):
         most = 64 if dtype == torch.float32 and width > 128 else 128
         for means in (1 << n for n in range(most.bit_length())):
@@ -267,8 +293,8 @@ def problem_with(**fields: Any) -> SparseProblem:
         ({"geometry": Geometry(bundle=104)}, "multiple of 64 keys; got 104"),
         ({"v": torch.zeros(1, 1, 30, 300, dtype=torch.float16)}, "wider than 256: 300"),
         ({"q": torch.zeros(1, 65, 20, 16, dtype=torch.float16)}, "65 query heads of a key/value head"),
-        ({"q": torch.zeros(1, 24, 20, 192), "k": torch.zeros(1, 1, 30, 192), "v": torch.zeros(1, 1, 30, 16)},
-         "24 query heads of a key/value head times 4 sub-means are over 64 for float32 heads wider than 128"),
+        ({"q": torch.zeros(1, 12, 20, 192), "k": torch.zeros(1, 1, 30, 192), "v": torch.zeros(1, 1, 30, 16)},
+         "12 query heads of a key/value head times 8 sub-means are over 64 for float32 heads wider than 128"),
         ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
         ({"geometry": Geometry(clusters=0)}, "clusters must be at least 1 here; got 0"),
         ({"geometry": Geometry(block=512, sink=0)}, "from 16 to 256 keys; got 8 and 512"),
