@@ -26,11 +26,11 @@ from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.kernels.triton_sparse_groups import GroupTable, group_keys
 from s2o_inductor.kernels.triton_sparse_order import Order
 from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, Padding, Tiling, steps_of
-from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
 
 # Tables and scratch of the tiles that are worked on at a time; a single row of tiles may need more.
 WORKSPACE_BYTES = 512 << 20
-GEOMETRY = Geometry()
+GEOMETRY = GEOMETRIES["cuda"]
 # Widest rows of keys and values, and most representatives of a tile, that leave room for the rest of a program.
 _WIDTH = 256
 _MEANS = 128

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from s2o_inductor.kernels import reference
 from s2o_inductor.kernels.reference_sparse import sparse_attention
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.sparse_policy import Geometry, SparsePolicy
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry, SparsePolicy
 from s2o_inductor.testing import assert_close_to_gold
 
 CASES: dict[str, dict[str, Any]] = {
@@ -60,6 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
     "no sinks, one mean": {
         "geometry": Geometry(bundle=64, sink=0, block=128, sub_means=1, limit=0.1),
         "lengths": (30, 300), "max_density": 0.5,
+    },
+    "the sizes of CUDA": {"geometry": GEOMETRIES["cuda"], "lengths": (100, 1636), "max_density": 0.3},
+    "the sizes of CUDA, padding": {
+        "geometry": dataclasses.replace(GEOMETRIES["cuda"], sink=0, bundle=64), "padded": True, "batch": 2,
+        "heads": (1, 1), "lengths": (20, 1044), "max_density": 0.3,
     },
     "all in the dense part": {"lengths": (5, 40)},
     "fewer queries than means": {"lengths": (3, 400), "max_density": 0.3},
@@ -219,7 +224,7 @@ def test_ranges_cover_all_tiles_and_fit_the_workspace() -> None:
 
     density = fractions.Fraction(1, 10)
     for queries, keys, window in ((131_072, 131_072, None), (70_000, 131_072, 4096), (5, 131_072, None), (9, 9, None)):
-        tiling = Tiling(queries, keys, True, window, Geometry())
+        tiling = Tiling(queries, keys, True, window, GEOMETRIES["cuda"])
         for most in (1, 64 << 20, 1 << 40):
             found = sorted(cuda_sparse.ranges(tiling, density, 8, most))
             assert [tile for first, count in found for tile in range(first, first + count)] == [*range(tiling.count)]
@@ -271,7 +276,7 @@ def problem_with(**fields: Any) -> SparseProblem:
          "24 query heads of a key/value head times 4 sub-means are over 64 for float32 heads wider than 128"),
         ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
         ({"geometry": Geometry(clusters=0)}, "clusters must be at least 1 here; got 0"),
-        ({"geometry": Geometry(block=512, sink=0)}, "from 16 to 256 keys; got 8 and 512"),
+        ({"geometry": Geometry(block=1024, sink=0)}, "from 16 to 512 keys; got 8 and 1024"),
     ],
 )  # fmt: skip
 def test_bad_arguments_say_what_is_wrong(fields: dict[str, Any], message: str) -> None:
