@@ -36,6 +36,8 @@ from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling, steps_of
 # Least and most runs that one program sorts at a time.
 _LEAST_SORTED, _SORTED = 64, 1024
 # Exact products hold all of their operands in shared memory: wide heads leave room for few representatives.
+# Left to choose, ptxas gives them 128 registers, or 32 and a stack of 8 kB, by how many groups a block has.
+_EXACT = Config(128, 32, 8, 2, registers=255)
 _FEW = [Config(64, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 4, 1)]
 
 
@@ -85,7 +87,7 @@ def masses_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
         means: representatives of a tile, a power of two.
     """
     if dtype == torch.float32:
-        return _for_rows(means, [Config(128, 32, 8, 2), Config(128, 16, 8, 1), *_FEW])
+        return _for_rows(means, [_EXACT, Config(128, 16, 8, 1), *_FEW])
     if width <= 128:
         return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 64, 8, 1), Config(64, 32, 4, 1)])
     return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 1)])
@@ -98,7 +100,7 @@ def scores_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
     and half of a Hopper's shared memory.
     """
     if dtype == torch.float32:
-        return _for_rows(means, [Config(128, 32, 8, 2), Config(128, 16, 8, 1), *_FEW])
+        return _for_rows(means, [_EXACT, Config(128, 16, 8, 1), *_FEW])
     if width <= 128:
         most = [Config(128, 128, 8, 2, registers=128), Config(128, 64, 4, 2), Config(128, 32, 4, 1)]
         return _for_rows(means, most)
