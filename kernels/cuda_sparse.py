@@ -63,6 +63,11 @@ def tail_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
     return [Config(min(tile, 64), 32, 8, 2), Config(min(tile, 64), 16, 8, 1)]
 
 
+def unread_configs(geometry: Geometry) -> list[Config]:
+    """Ways to count what was not read: groups at a time, 4096 of their runs if blocks have enough."""
+    return [Config(0, min(256, 4096 // (geometry.block // geometry.run)), 4, 1)]
+
+
 def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
     """Why the kernels do not take operands of these sizes, or None when they do."""
     widest, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
@@ -151,10 +156,20 @@ class _Call:
             launch(kernels.attend_kernel, configs or attend_configs(*sizes), lambda _: programs, attend_arguments)
         if self.groups is None or order.bundle_of is None:
             return
+        room = order.bundle_of.shape[3]
+        groups = ordering.groups_in(room, geometry)
+        # Half precision is as good as that of the scores which these numbers scale.
+        kind = torch.float32 if self.q.dtype == torch.float32 else torch.float16
+        unread = torch.empty((batch, heads, count, 2, groups), dtype=kind, device=self.q.device)
         extra = {
-            **self.groups.arguments(), "bundle_of_ptr": order.bundle_of, "base": order.base,
-            "room": order.bundle_of.shape[3], "limit": geometry.limit,
+            **self.groups.arguments(), "bundle_of_ptr": order.bundle_of, "base": order.base, "room": room,
+            "limit": geometry.limit, "unread_ptr": unread,
         }  # fmt: skip
+        launch(
+            kernels.unread_kernel, unread_configs(geometry),
+            lambda config: batch * self.k.shape[1] * count * triton.cdiv(groups, config.keys),
+            lambda _: {**shared, **extra},
+        )  # fmt: skip
         launch(
             kernels.tail_kernel, tail or tail_configs(*sizes),
             lambda config: programs * (geometry.tile // config.rows), lambda _: {**shared, **extra},
@@ -222,7 +237,8 @@ def forward(
             return call.result()
         assert call.groups is not None
         ranking = ordering.rank(call.q, call.k, call.scale, tiling, call.padding, call.groups)
-        for tile0, count in ranges(tiling, density, q.shape[0] * k.shape[1], workspace_bytes):
+        heads, group = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
+        for tile0, count in ranges(tiling, density, heads, group, workspace_bytes):
             call.run(ordering.order(ranking, call.k, tiling, density, tile0, count), False, None, None)
         return call.result()
 
@@ -299,14 +315,15 @@ def attend(
         return call.result()
 
 
-def ranges(tiling: Tiling, density: fractions.Fraction, heads: int, most: int) -> list[tuple[int, int]]:
-    """Ranges (first tile, tiles), the last tiles first, whose tables take at most so many bytes for `heads` heads."""
+def ranges(tiling: Tiling, density: fractions.Fraction, heads: int, group: int, most: int) -> list[tuple[int, int]]:
+    """Ranges (first tile, tiles), the last tiles first, whose tables take at most so many bytes for `heads` key/value
+    heads, each of `group` query heads."""
     found, end = [], tiling.count
     while end:
         # Later tiles have longer rows: a range of this many fits, if its last tile's row is its longest.
-        fits = most // (heads * ordering.row_bytes(tiling, end - 1, 1, density))
+        fits = most // (heads * ordering.row_bytes(tiling, end - 1, 1, density, group))
         count = min(end, max(1, fits))
-        while count > 1 and count * heads * ordering.row_bytes(tiling, end - count, count, density) > most:
+        while count > 1 and count * heads * ordering.row_bytes(tiling, end - count, count, density, group) > most:
             count -= max(1, count // 8)  # with a window, a range spans more keys than its last tile
         found.append((end - count, count))
         end -= count

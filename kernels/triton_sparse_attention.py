@@ -1,10 +1,11 @@
 """S2O sparse attention in Triton: the keys of a tile's order, bundle by bundle, until what is left is not worth it.
 
 Keys and values stay where they are: each key tile is loaded through a page table of runs of keys (see
-`kernels/triton_sparse_order.py`, but any table will do). Two kernels write the output:
+`kernels/triton_sparse_order.py`, but any table will do). Three kernels:
 
-    attend   the dense part of a tile of queries, then its bundles, with the stop test between them
-    tail     the groups of like keys that stand in for what was not read, folded into the output by its log-sum-exp
+    attend   the dense part of a tile of queries, then its bundles, with the stop test between them: output, log-sum-exp
+    unread   what of each group of like keys was not read
+    tail     the groups stand in for that: folded into the output by its log-sum-exp
 
 Groups are made once per key/value head, by `kernels/triton_sparse_groups.py`. A tile of a query head, which stops by
 itself, adds only how many keys of each group it did not read.
@@ -20,6 +21,7 @@ import triton.language as tl
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED
 from s2o_inductor.kernels.primitives import LN_2, LOG2_E, schedule, store_tile
+from s2o_inductor.kernels.triton_sparse_table import SEGMENT
 from s2o_inductor.kernels.triton_sparse_tiles import (
     gather_rows,
     load_allowed,
@@ -229,29 +231,66 @@ def bundle_of_kernel(
 
 
 @triton.jit
-def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: tl.constexpr, SPAN: tl.constexpr):
-    """The bundles of the runs of keys [key0, key0 + SPAN) below `high`, and how many keys they have in each group."""
-    run = key0 // RUN + tl.arange(0, SPAN // RUN)
-    entry = key0 // RUN * CLUSTERS + tl.arange(0, SPAN // RUN * CLUSTERS)
-    bundle = tl.load(of_bundle + run, mask=run < high // RUN, other=0)
-    return bundle, tl.load(of_counts + entry, mask=entry < high // RUN * CLUSTERS, other=0)
+def _has_tail(listed, bundles, ranked, budget, BUNDLE: tl.constexpr, RUN: tl.constexpr):
+    """Whether a head left some of its `ranked` runs unread, and may."""
+    return (tl.minimum(listed, bundles * (BUNDLE // RUN)) < ranked) & (budget >= 0.0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def unread_kernel(
+    unread_ptr, listed_ptr, bundle_of_ptr, counts_ptr, size_ptr, runs_ptr, documents_ptr, budgets_ptr, bundles_ptr,
+    heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, groups,
+    TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    KEYS: tl.constexpr, PACKED: tl.constexpr, BUNDLE: tl.constexpr, CLUSTERS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What `tail_groups.tail_logits` makes of the keys of BN groups that a tile did not read, for each query head.
+
+    Tables are read once for all heads of a key/value head; in `tail_kernel`, counting would cost as much as a product.
+    `unread_ptr` (B, Hq, count, 2, room * RUN // UNIT * CLUSTERS) begins with the groups at position `base`: how many
+    keys a group counts for, and by what its spread shrinks. Heads without a tail have nothing written.
+    """
+    span = room // (UNIT // RUN) * CLUSTERS
+    parts = tl.cdiv(span, BN)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    of_range = (row % count).to(tl.int32)
+    kv_bh = row // count
+    batch = (kv_bh // (heads // group)).to(tl.int32)
+    tile = tile0 + of_range
+    start, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
+    of_span = tl.program_id(0) % parts * BN + tl.arange(0, BN)
+    number = base // UNIT * CLUSTERS + of_span
+    there = (number >= low // UNIT * CLUSTERS) & (number < high // UNIT * CLUSTERS)
+    if tl.max(there.to(tl.int32), 0) == 0:  # half of the programs of a causal call
+        return
+    RUNS: tl.constexpr = UNIT // RUN
+    run = tl.arange(0, RUNS)[None, :]
+    of_row = bundle_of_ptr + row * (room // SEGMENT * SEGMENT)  # room is whole segments: several runs at a time
+    of_bundle = of_row + (of_span // CLUSTERS * RUNS)[:, None] + run
+    bundle = tl.load(of_bundle, mask=there[:, None], other=0).to(tl.int32)
+    place = kv_bh * groups + number
+    counts = tl.load(counts_ptr + place[:, None] * RUNS + run, mask=there[:, None], other=0).to(tl.int32)
+    size = tl.maximum(tl.load(size_ptr + place, mask=there, other=0), 1).to(tl.float32)
+    ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
+    listed = tl.load(listed_ptr + row)
+    for head in tl.range(kv_bh * group, kv_bh * group + group):
+        bundles = tl.load(bundles_ptr + head * tiles + tile).to(tl.int32)
+        if _has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head % heads), BUNDLE, RUN):
+            left = tl.sum(tl.where(bundle >= bundles, counts, 0), 1).to(tl.float32)
+            read = size - left
+            # 1 - 2 sqrt(share read), without the difference: a device's square root of 1 / 4 is not 1 / 2, and a
+            # sharp head multiplies what is left of it by a spread of hundreds.
+            shrunk = tl.maximum(size - 4.0 * read, 0.0) / (size + 2.0 * tl.sqrt(read * size))
+            to = unread_ptr + (head * count + of_range) * 2 * span + of_span
+            tl.store(to, (left * left / size).to(unread_ptr.dtype.element_ty), mask=there)
+            tl.store(to + span, shrunk.to(unread_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _count_left(bundle, counts, bundles, RUNS: tl.constexpr, CLUSTERS: tl.constexpr, BN: tl.constexpr):
-    """What `tail_groups.tail_logits` makes of the keys of each group that are in none of the first `bundles`.
-
-    Returns:
-        float32 (BN,), how many they count for, and by what their group's spread shrinks; from `_load_unread`.
-    """
-    unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, RUNS, 1)
-    of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, RUNS, CLUSTERS)
-    left = tl.sum(of_group * unread, 1).reshape(BN).to(tl.float32)
-    size = tl.maximum(tl.sum(of_group, 1).reshape(BN), 1).to(tl.float32)
-    read = size - left
-    # 1 - 2 sqrt(share read), without the difference: a device's square root of 1 / 4 is not 1 / 2, and a sharp head
-    # multiplies what is left of it by a spread of hundreds.
-    return left * left / size, tl.maximum(size - 4.0 * read, 0.0) / (size + 2.0 * tl.sqrt(read * size))
+def _load_unread(of_unread, span, number, high):
+    """How many keys the groups at `number` below `high` count for, and by what their spread shrinks."""
+    left = tl.load(of_unread + number, mask=number < high, other=0.0)
+    return left.to(tl.float32), tl.load(of_unread + span + number, mask=number < high, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -280,18 +319,18 @@ def _stand_in(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tail_kernel(
-    q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, counts_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
-    runs_ptr, documents_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles,
-    tile0, count, base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, unread_ptr, mean_k_ptr, variance_ptr, mean_v_ptr, runs_ptr,
+    documents_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0,
+    count, base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, BUNDLE: tl.constexpr,
     CLUSTERS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
 
-    See `tail_groups.tail_logits`, and `GroupTable` for what it reads. BN is a multiple of CLUSTERS. Weights are
-    relative to the mass of what was read, which a tail seldom outweighs: no maximum has to be followed. Where it does,
-    by more than _MOST, the tile is done again and the maximum followed.
+    See `tail_groups.tail_logits`, and `GroupTable` and `unread_kernel` for what it reads. Weights are relative to the
+    mass of what was read, which a tail seldom outweighs: no maximum has to be followed. Where it does, by more than
+    _MOST, the tile is done again and the maximum followed.
     """
     part, bh = schedule(count * (TILE // BM), section, CAUSAL)
     of_range = part // (TILE // BM)
@@ -302,10 +341,9 @@ def tail_kernel(
     start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
     low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
     ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
-    row = kv_bh * count + of_range
+    listed = tl.load(listed_ptr + kv_bh * count + of_range)
     bundles = tl.load(bundles_ptr + bh.to(tl.int64) * tiles + tile).to(tl.int32)
-    read = tl.minimum(tl.load(listed_ptr + row), bundles * (BUNDLE // RUN))
-    if (read < ranked) & (tl.load(budgets_ptr + head) >= 0.0):
+    if _has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head), BUNDLE, RUN):
         position = (first_tile + tile) * TILE + part % (TILE // BM) * BM + tl.arange(0, BM)
         exists = (position >= start) & (position < end)
         query = position - (keys - queries)
@@ -322,19 +360,16 @@ def tail_kernel(
         acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
         origin = tl.where(lse == float("-inf"), 0.0, lse)
         total = before
-        RUNS: tl.constexpr = UNIT // RUN
-        SPAN: tl.constexpr = BN // CLUSTERS * UNIT
-        of_bundle = bundle_of_ptr + row * room - base // RUN
-        of_counts = counts_ptr + kv_bh * groups * RUNS
-        end_group = high // UNIT * CLUSTERS
-        bundle, counts = _load_unread(of_bundle, of_counts, low, high, RUN, CLUSTERS, SPAN)
-        for key0 in tl.range(low, high, SPAN):
-            left, shrunk = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
-            # A step ahead: the pipeline is for operands of products alone.
-            bundle, counts = _load_unread(of_bundle, of_counts, key0 + SPAN, high, RUN, CLUSTERS, SPAN)
+        first_group, end_group = low // UNIT * CLUSTERS, high // UNIT * CLUSTERS
+        span = room // (UNIT // RUN) * CLUSTERS
+        of_unread = unread_ptr + (bh.to(tl.int64) * count + of_range) * 2 * span - base // UNIT * CLUSTERS
+        of_step = tl.arange(0, BN)
+        for group0 in tl.range(first_group, end_group, BN):
+            number = group0 + of_step
+            left, shrunk = _load_unread(of_unread, span, number, end_group)
             products, spread, v = _stand_in(
-                q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
-                key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D, BLOCK_DV,
+                q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, end_group, groups,
+                scale2, most, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             # Times what is left, not plus its logarithm, which would be more instructions than all else here.
             weights = tl.exp2(products * scale2 + (spread - origin[:, None])) * left[None, :]
@@ -346,13 +381,13 @@ def tail_kernel(
             acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
             peak = lse
             total = before
-            for key0 in tl.range(low, high, SPAN, num_stages=1):  # more would cost the first loop registers
-                bundle, counts = _load_unread(of_bundle, of_counts, key0, high, RUN, CLUSTERS, SPAN)
-                left, shrunk = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
+            # More stages would cost the first loop registers.
+            for group0 in tl.range(first_group, end_group, BN, num_stages=1):
+                number = group0 + of_step
+                left, shrunk = _load_unread(of_unread, span, number, end_group)
                 products, spread, v = _stand_in(
-                    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
-                    key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D,
-                    BLOCK_DV,
+                    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, end_group, groups,
+                    scale2, most, D, DV, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
                 scores = products * scale2 + spread + tl.log2(tl.maximum(left, 1e-6))[None, :]
                 acc, peak, total = _update((acc, peak, total), scores, v, 1.0)

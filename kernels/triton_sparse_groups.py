@@ -32,11 +32,12 @@ class GroupTable:
 
     Attributes:
         member: uint8 (B, Hkv, blocks * block), the group of each key within its block.
-        counts: uint8 (B, Hkv, blocks * block / run, clusters), visible keys of each run in each group of its block.
+        counts: uint8 (B, Hkv, P, block / run), visible keys of each group in each run of its block.
         size: int32 (B, Hkv, P), visible keys.
         k: (B, Hkv, P, D), mean keys, of the type of k.
         variance: (B, Hkv, P, D), per channel, bfloat16 beside half precision, which cannot hold it, else float32.
         v: (B, Hkv, P, Dv), mean values, of the type of v.
+        clusters: groups of a block.
     """
 
     member: Tensor
@@ -45,13 +46,14 @@ class GroupTable:
     k: Tensor
     variance: Tensor
     v: Tensor
+    clusters: int
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel that reads groups takes."""
         return {
             "member_ptr": self.member, "counts_ptr": self.counts, "size_ptr": self.size, "mean_k_ptr": self.k,
             "variance_ptr": self.variance, "mean_v_ptr": self.v, "groups": self.k.shape[2],
-            "CLUSTERS": self.counts.shape[3],
+            "CLUSTERS": self.clusters,
         }  # fmt: skip
 
 
@@ -133,8 +135,9 @@ def _groups_kernel(
                 tl.store(member_ptr + place, nearest.to(tl.uint8))
                 of_group = (nearest[:, None] == group[None, :]) & shown[:, None]
                 counts = tl.sum(of_group.to(tl.int32).reshape(BM // RUN, RUN, LEAST_ROWS), 1)
-                run = bh.to(tl.int64) * blocks * (UNIT // RUN) + first // RUN + tl.arange(0, BM // RUN)
-                to = counts_ptr + run[:, None] * CLUSTERS + group[None, :]
+                run = first // RUN % (UNIT // RUN) + tl.arange(0, BM // RUN)
+                number = (bh.to(tl.int64) * blocks + block) * CLUSTERS + group
+                to = counts_ptr + number[None, :] * (UNIT // RUN) + run[:, None]
                 tl.store(to, counts.to(tl.uint8), mask=(run >= 0)[:, None] & exists[None, :])
         moved = (size > 0.0)[:, None]
         divisor = tl.maximum(size, 1.0)[:, None]
@@ -186,12 +189,12 @@ def group_keys(k: Tensor, v: Tensor, padding: Padding, geometry: Geometry) -> Gr
     wide = k.dtype == torch.float32 or triton.knobs.runtime.interpret
     table = GroupTable(
         torch.empty((*shape, blocks * geometry.block), dtype=torch.uint8, device=device),
-        torch.empty((*shape, blocks * geometry.block // geometry.run, clusters), dtype=torch.uint8, device=device),
+        torch.empty((*shape, blocks * clusters, geometry.block // geometry.run), dtype=torch.uint8, device=device),
         torch.empty((*shape, blocks * clusters), dtype=torch.int32, device=device),
         torch.empty((*shape, blocks * clusters, width), dtype=k.dtype, device=device),
         torch.empty((*shape, blocks * clusters, width), dtype=torch.float32 if wide else torch.bfloat16, device=device),
-        torch.empty((*shape, blocks * clusters, v.shape[3]), dtype=v.dtype, device=device),
-    )
+        torch.empty((*shape, blocks * clusters, v.shape[3]), dtype=v.dtype, device=device), clusters,
+    )  # fmt: skip
     if not blocks:
         return table
     fixed = {

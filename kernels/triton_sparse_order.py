@@ -32,6 +32,7 @@ from s2o_inductor.kernels.launching import Config, block_width, launch, tiles_of
 from s2o_inductor.kernels.triton_sparse_groups import GroupTable
 from s2o_inductor.kernels.triton_sparse_table import BINS, SEGMENT
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling, steps_of
+from s2o_inductor.sparse_policy import Geometry
 
 # Least and most runs that one program sorts at a time.
 _LEAST_SORTED, _SORTED = 64, 1024
@@ -161,11 +162,20 @@ def span_of(tiling: Tiling, tile0: int, count: int) -> tuple[int, int, int]:
     return base, triton.cdiv(runs, SEGMENT.value) * SEGMENT.value, max(high - low for low, high in present)
 
 
-def row_bytes(tiling: Tiling, tile0: int, count: int, density: fractions.Fraction) -> int:
-    """Bytes of workspace that one key/value head takes per tile of a range."""
+def groups_in(room: int, geometry: Geometry) -> int:
+    """Groups of the blocks of `room` runs, whole segments."""
+    return room // (geometry.block // geometry.run) * geometry.clusters
+
+
+def row_bytes(tiling: Tiling, tile0: int, count: int, density: fractions.Fraction, group: int) -> int:
+    """Bytes of workspace that one key/value head takes at most per tile of a range, with its `group` query heads."""
     _, room, most = span_of(tiling, tile0, count)
     run = 4 + 1 + 2  # packed for sorting, bin, bundle
-    return room * run + room // SEGMENT.value * BINS.value * 4 + tiling.listed(most, density) * 4
+    unread = group * 2 * 4  # of a group of keys, by query head: two numbers
+    return (
+        room * run + room // SEGMENT.value * BINS.value * 4 + tiling.listed(most, density) * 4
+        + groups_in(room, tiling.geometry) * unread
+    )  # fmt: skip
 
 
 def order(

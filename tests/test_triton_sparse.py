@@ -226,11 +226,11 @@ def test_ranges_cover_all_tiles_and_fit_the_workspace() -> None:
     for queries, keys, window in ((131_072, 131_072, None), (70_000, 131_072, 4096), (5, 131_072, None), (9, 9, None)):
         tiling = Tiling(queries, keys, True, window, GEOMETRIES["cuda"])
         for most in (1, 64 << 20, 1 << 40):
-            found = sorted(cuda_sparse.ranges(tiling, density, 8, most))
+            found = sorted(cuda_sparse.ranges(tiling, density, 8, 4, most))
             assert [tile for first, count in found for tile in range(first, first + count)] == [*range(tiling.count)]
             assert len(found) == 1 or most < 1 << 40
             for first, count in found:
-                assert count == 1 or 8 * count * triton_sparse_order.row_bytes(tiling, first, count, density) <= most
+                assert count == 1 or 8 * count * triton_sparse_order.row_bytes(tiling, first, count, density, 4) <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
