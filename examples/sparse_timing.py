@@ -13,6 +13,7 @@ a stretch look for, so that the order matters; no conclusion about quality can b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fractions
 import json
 from collections.abc import Iterable

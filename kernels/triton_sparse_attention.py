@@ -256,13 +256,15 @@ def unread_kernel(
     kv_bh = row // count
     batch = (kv_bh // (heads // group)).to(tl.int32)
     tile = tile0 + of_range
-    start, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
+    _, _, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
     low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
-    of_span = tl.program_id(0) % parts * BN + tl.arange(0, BN)
-    number = base // UNIT * CLUSTERS + of_span
-    there = (number >= low // UNIT * CLUSTERS) & (number < high // UNIT * CLUSTERS)
-    if tl.max(there.to(tl.int32), 0) == 0:  # half of the programs of a causal call
+    first_group, end_group = low // UNIT * CLUSTERS, high // UNIT * CLUSTERS
+    begin = base // UNIT * CLUSTERS + tl.program_id(0) % parts * BN
+    if (begin >= end_group) | (begin + BN <= first_group):  # half of the programs of a causal call
         return
+    number = begin + tl.arange(0, BN)
+    there = (number >= first_group) & (number < end_group)
+    of_span = number - base // UNIT * CLUSTERS
     RUNS: tl.constexpr = UNIT // RUN
     run = tl.arange(0, RUNS)[None, :]
     of_row = bundle_of_ptr + row * (room // SEGMENT * SEGMENT)  # room is whole segments: several runs at a time
