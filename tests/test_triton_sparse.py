@@ -61,9 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
         "geometry": Geometry(bundle=64, sink=0, block=128, sub_means=1, limit=0.1),
         "lengths": (30, 300), "max_density": 0.5,
     },
-    "the sizes of CUDA": {"geometry": GEOMETRIES["cuda"], "lengths": (100, 1636), "max_density": 0.3},
-    "the sizes of CUDA, padding": {
-        "geometry": dataclasses.replace(GEOMETRIES["cuda"], sink=0, bundle=64), "padded": True, "batch": 2,
+    "the sizes of CUDA": {"geometry": GEOMETRIES["cuda"], "lengths": (100, 1124), "max_density": 0.3},
+    "the sizes of CUDA with sinks, padding": {
+        "geometry": dataclasses.replace(GEOMETRIES["cuda"], sink=512, bundle=64), "padded": True, "batch": 2,
         "heads": (1, 1), "lengths": (20, 1044), "max_density": 0.3,
     },
     "all in the dense part": {"lengths": (5, 40)},
