@@ -64,8 +64,8 @@ def tail_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
 
 
 def unread_configs(geometry: Geometry) -> list[Config]:
-    """Ways to count what was not read: groups at a time, 4096 of their runs if blocks have enough."""
-    return [Config(0, min(256, 4096 // (geometry.block // geometry.run)), 4, 1)]
+    """Ways to count what was not read: as many groups at a time as have 2048 runs, at most 256."""
+    return [Config(0, min(256, 2048 // (geometry.block // geometry.run)), 4, 1)]
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:

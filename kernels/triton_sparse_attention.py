@@ -275,17 +275,23 @@ def unread_kernel(
     size = tl.maximum(tl.load(size_ptr + place, mask=there, other=0), 1).to(tl.float32)
     ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
     listed = tl.load(listed_ptr + row)
+    TYPE: tl.constexpr = unread_ptr.dtype.element_ty
+    counted = listed * 0 - 1
+    weight, shrunk = tl.zeros((BN,), TYPE), tl.zeros((BN,), TYPE)
     for head in tl.range(kv_bh * group, kv_bh * group + group):
         bundles = tl.load(bundles_ptr + head * tiles + tile).to(tl.int32)
         if _has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head % heads), BUNDLE, RUN):
-            left = tl.sum(tl.where(bundle >= bundles, counts, 0), 1).to(tl.float32)
-            read = size - left
-            # 1 - 2 sqrt(share read), without the difference: a device's square root of 1 / 4 is not 1 / 2, and a
-            # sharp head multiplies what is left of it by a spread of hundreds.
-            shrunk = tl.maximum(size - 4.0 * read, 0.0) / (size + 2.0 * tl.sqrt(read * size))
+            if bundles != counted:  # heads that a density stopped have read the same
+                left = tl.sum(tl.where(bundle >= bundles, counts, 0), 1).to(tl.float32)
+                read = size - left
+                weight = (left * left / size).to(TYPE)
+                # 1 - 2 sqrt(share read), without the difference: a device's square root of 1 / 4 is not 1 / 2, and a
+                # sharp head multiplies what is left of it by a spread of hundreds.
+                shrunk = (tl.maximum(size - 4.0 * read, 0.0) / (size + 2.0 * tl.sqrt(read * size))).to(TYPE)
+                counted = bundles
             to = unread_ptr + (head * count + of_range) * 2 * span + of_span
-            tl.store(to, (left * left / size).to(unread_ptr.dtype.element_ty), mask=there)
-            tl.store(to + span, shrunk.to(unread_ptr.dtype.element_ty), mask=there)
+            tl.store(to, weight, mask=there)
+            tl.store(to + span, shrunk, mask=there)
 
 
 @triton.jit
