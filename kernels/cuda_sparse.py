@@ -19,6 +19,7 @@ from torch import Tensor
 from s2o_inductor.kernels import hopper_sparse
 from s2o_inductor.kernels import triton_sparse_attention as kernels
 from s2o_inductor.kernels import triton_sparse_order as ordering
+from s2o_inductor.kernels import triton_sparse_tail as tails
 from s2o_inductor.kernels.documents import Documents, check_documents
 from s2o_inductor.kernels.launching import Config, block_width, heads_last, launch, section_heads
 from s2o_inductor.kernels.operands import aligned, positive_scale
@@ -166,12 +167,12 @@ class _Call:
             "limit": geometry.limit, "unread_ptr": unread,
         }  # fmt: skip
         launch(
-            kernels.unread_kernel, unread_configs(geometry),
+            tails.unread_kernel, unread_configs(geometry),
             lambda config: batch * self.k.shape[1] * count * triton.cdiv(groups, config.keys),
             lambda _: {**shared, **extra},
         )  # fmt: skip
         launch(
-            kernels.tail_kernel, tail or tail_configs(*sizes),
+            tails.tail_kernel, tail or tail_configs(*sizes),
             lambda config: programs * (geometry.tile // config.rows), lambda _: {**shared, **extra},
         )  # fmt: skip
 
