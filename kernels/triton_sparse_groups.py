@@ -168,8 +168,10 @@ def _groups_kernel(
 def _configs(dtype: torch.dtype, width: int, geometry: Geometry) -> list[Config]:
     """Ways to run the kernel, fastest first on an H100: how many keys of a block at a time, whole runs."""
     rows, warps = (64, 4) if width <= 128 and dtype != torch.float32 else (32, 8)
-    rows = min(rows, geometry.block)
-    return [Config(max(rows, geometry.run), 0, warps, 1), Config(max(16, geometry.run), 0, 4, 1)]
+    rows = max(min(rows, geometry.block), geometry.run)
+    # In float32 ptxas, left to choose, gives them half of the registers that there are.
+    most = 255 if dtype == torch.float32 else None
+    return [Config(rows, 0, warps, 1, registers=most), Config(max(16, geometry.run), 0, 4, 1)]
 
 
 def group_keys(k: Tensor, v: Tensor, padding: Padding, geometry: Geometry) -> GroupTable:
