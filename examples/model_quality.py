@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
 
 _FILES = ("config.json", "model.safetensors", "heldout.npy", "tokenizer.json")
 _CHUNK = 2048  # positions whose logits are held at once
@@ -139,15 +139,17 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int, int]:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), visible, visible
 
 
-def s2o(q: Tensor, k: Tensor, v: Tensor, budget: float, geometry: Geometry) -> tuple[Tensor, int, int]:
-    """The backend's kernels."""
+def s2o(
+    q: Tensor, k: Tensor, v: Tensor, budget: float, geometry: Geometry | None = None
+) -> tuple[Tensor, int, int]:  # fmt: skip
+    """The backend's kernels, in the sizes of the device unless others are given."""
     if q.device.type == "cuda":
         from s2o_inductor.kernels import cuda_sparse as kernels
     else:
         from s2o_inductor.kernels import cpu_sparse as kernels  # type: ignore[no-redef]
     read = kernels.forward(
         q, k, v, scale=q.shape[3] ** -0.5, budgets=(budget,), causal=True, window=None, keys=None, max_density=1.0,
-        geometry=geometry,
+        geometry=geometry or GEOMETRIES[q.device.type],
     )  # fmt: skip
     return read.output, int(read.pairs.sum()), int(read.visible.sum())
 
@@ -167,12 +169,12 @@ def ranked_by_groups(q: Tensor, k: Tensor, v: Tensor, budget: float) -> tuple[Te
     from s2o_inductor.kernels.triton_sparse_groups import group_keys
     from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 
-    tiling = Tiling(q.shape[2], k.shape[2], True, None, Geometry())
+    tiling = Tiling(q.shape[2], k.shape[2], True, None, GEOMETRIES["cuda"])
     groups = group_keys(k, v, Padding(), tiling.geometry)
     ranking = ordering.rank(q, k, q.shape[3] ** -0.5, tiling, Padding(), groups)
     order = ordering.order(ranking, k, tiling, fractions.Fraction(1), 0, tiling.count)
     read = cuda_sparse.attend(
-        q, k, v, order.table, order.listed, budgets=(budget,), geometry=dataclasses.replace(Geometry(), clusters=0)
+        q, k, v, order.table, order.listed, budgets=(budget,), geometry=dataclasses.replace(tiling.geometry, clusters=0)
     )
     return read.output, int(read.pairs.sum()), int(read.visible.sum())
 
@@ -207,7 +209,7 @@ def attention_of(method: str, knob: float) -> Attention:
     if method in SELECTIONS:
         return functools.partial(selected, name=method, knob=knob)
     if method == "S2O":
-        return functools.partial(s2o, budget=knob, geometry=Geometry())
+        return functools.partial(s2o, budget=knob)
     return functools.partial(s2o_without_tail, budget=knob)
 
 

@@ -13,6 +13,7 @@ a stretch look for, so that the order matters; no conclusion about quality can b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fractions
 import json
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 from s2o_inductor.sparse_policy import Geometry
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
+GEOMETRY = cuda_sparse.GEOMETRY
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 # A budget that is never kept before the density is reached, though it is not 0, which reads everything.
 NEVER = 1e-30
@@ -78,7 +80,7 @@ def stage_times(q: Tensor, k: Tensor, v: Tensor, density: fractions.Fraction, ge
     scale = WIDTH**-0.5
     groups = group_keys(k, v, Padding(), geometry)
     ranking = ordering.rank(q, k, scale, tiling, Padding(), groups)
-    ranges = cuda_sparse.ranges(tiling, density, k.shape[1], cuda_sparse.WORKSPACE_BYTES)
+    ranges = cuda_sparse.ranges(tiling, density, k.shape[1], q.shape[1] // k.shape[1], cuda_sparse.WORKSPACE_BYTES)
 
     def order() -> None:
         for tile0, count in ranges:
@@ -138,7 +140,7 @@ def sweep(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
             for config in configs:
                 one = Config(*config[:4], registers=(*config, None)[4])
                 setattr(module, name, lambda *_, one=one: [one])
-                geometry = Geometry(tile=config[0]) if kernel == "attend_kernel" else Geometry()
+                geometry = dataclasses.replace(GEOMETRY, tile=config[0]) if kernel == "attend_kernel" else GEOMETRY
                 try:
                     found = profile(q, k, v, NEVER, 0.1, geometry)
                 except triton.runtime.errors.OutOfResources:
@@ -206,7 +208,7 @@ def timed(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
     """Fixed densities, and the default budget."""
     dense = dense_times(q, k, v)
     for budget, density in ((NEVER, 0.05), (NEVER, 0.1), (NEVER, 0.2), (0.5, 1.0)):
-        row = {**run_case(q, k, v, budget, density, Geometry()), **dense}
+        row = {**run_case(q, k, v, budget, density, GEOMETRY), **dense}
         yield {**row, "cudnn / total": row["cudnn"] / row["total"]}
 
 
@@ -225,7 +227,7 @@ def run(options: argparse.Namespace) -> None:
         elif options.gather:
             found = gathered(q, k, v)
         elif options.profile:
-            found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, Geometry())}]
+            found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, GEOMETRY)}]
         else:
             found = timed(q, k, v)
         for row in found:

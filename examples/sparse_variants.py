@@ -1,7 +1,8 @@
 """Alternatives to what s2o's sparse attention does, an experiment each, for `bench.py quality --experiment`.
 
-Every row reads through the same tail and stop rule, so that rows differ in one thing only. Groups are those of blocks
-of 128 keys, finer than the kernels', so that the figures of BENCHMARKS.md, which says what came of each, stay right.
+Every row reads through the same tail and stop rule, so that rows differ in one thing only. But for the experiment on
+groups, these are those of blocks of 128 keys, finer than the kernels', so that the figures of BENCHMARKS.md, which says
+what came of each, stay right.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from sparse_baselines import METHODS, Method, built_score, by_tokens, represented, smooth, true_mass
-from sparse_quality import ROWS, PseudoKeys, Tile, built, k_means, make_tile
+from sparse_quality import ROWS, PseudoKeys, Tile, built, built_tile, k_means, make_tile
 from torch import Tensor
 
 from s2o_inductor.sparse_policy import Geometry
@@ -295,6 +296,21 @@ def _slash() -> dict[str, Method]:
     return rows
 
 
+def _groups() -> dict[str, Method]:
+    """Groups, and sinks, of several sizes: each reads the same share of a prefix, which begins and ends with blocks."""
+    rows = {}
+    for clusters, block, sink in ((4, 256, 256), (4, 256, 0), (8, 512, 512), (8, 512, 0), (16, 1024, 1024)):
+        sizes = Geometry(clusters=clusters, block=block, sink=sink)
+        rows[f"{clusters} of {block}, {sink} sinks"] = Method(
+            functools.partial(by_tokens, score=functools.partial(built_score, geometry=sizes), rule="count"),
+            (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.1, 0.12, 0.15),
+            functools.partial(built, geometry=sizes),
+            scoring=4 * 65 / 64,
+            tile=functools.partial(built_tile, geometry=sizes),
+        )
+    return rows
+
+
 EXPERIMENTS: dict[str, dict[str, Method]] = {
     "ranking": _ranking(),
     "peaks": _peaks(),
@@ -302,4 +318,5 @@ EXPERIMENTS: dict[str, dict[str, Method]] = {
     "bins": _bins(),
     "permutation": _permutation(),
     "slash": _slash(),
+    "groups": _groups(),
 }

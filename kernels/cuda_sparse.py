@@ -19,6 +19,7 @@ from torch import Tensor
 from s2o_inductor.kernels import hopper_sparse
 from s2o_inductor.kernels import triton_sparse_attention as kernels
 from s2o_inductor.kernels import triton_sparse_order as ordering
+from s2o_inductor.kernels import triton_sparse_tail as tails
 from s2o_inductor.kernels.documents import Documents, check_documents
 from s2o_inductor.kernels.launching import Config, block_width, heads_last, launch, section_heads
 from s2o_inductor.kernels.operands import aligned, positive_scale
@@ -26,11 +27,11 @@ from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.kernels.triton_sparse_groups import GroupTable, group_keys
 from s2o_inductor.kernels.triton_sparse_order import Order
 from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, Padding, Tiling, steps_of
-from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
 
 # Tables and scratch of the tiles that are worked on at a time; a single row of tiles may need more.
 WORKSPACE_BYTES = 512 << 20
-GEOMETRY = Geometry()
+GEOMETRY = GEOMETRIES["cuda"]
 # Widest rows of keys and values, and most representatives of a tile, that leave room for the rest of a program.
 _WIDTH = 256
 _MEANS = 128
@@ -61,6 +62,11 @@ def tail_configs(dtype: torch.dtype, width: int, tile: int) -> list[Config]:
     if width <= 128:
         return [Config(tile, 64, 8, 3), Config(tile, 64, 8, 2), Config(tile, 32, 8, 2), Config(tile, 32, 8, 1)]
     return [Config(min(tile, 64), 32, 8, 2), Config(min(tile, 64), 16, 8, 1)]
+
+
+def unread_configs(geometry: Geometry) -> list[Config]:
+    """Ways to count what was not read: as many groups at a time as have 2048 runs, at most 256."""
+    return [Config(0, min(256, 2048 // (geometry.block // geometry.run)), 4, 1)]
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
@@ -151,12 +157,22 @@ class _Call:
             launch(kernels.attend_kernel, configs or attend_configs(*sizes), lambda _: programs, attend_arguments)
         if self.groups is None or order.bundle_of is None:
             return
+        room = order.bundle_of.shape[3]
+        groups = ordering.groups_in(room, geometry)
+        # Half precision is as good as that of the scores which these numbers scale.
+        kind = torch.float32 if self.q.dtype == torch.float32 else torch.float16
+        unread = torch.empty((batch, heads, count, 2, groups), dtype=kind, device=self.q.device)
         extra = {
-            **self.groups.arguments(), "bundle_of_ptr": order.bundle_of, "base": order.base,
-            "room": order.bundle_of.shape[3], "limit": geometry.limit,
+            **self.groups.arguments(), "bundle_of_ptr": order.bundle_of, "base": order.base, "room": room,
+            "limit": geometry.limit, "unread_ptr": unread,
         }  # fmt: skip
         launch(
-            kernels.tail_kernel, tail or tail_configs(*sizes),
+            tails.unread_kernel, unread_configs(geometry),
+            lambda config: batch * self.k.shape[1] * count * triton.cdiv(groups, config.keys),
+            lambda _: {**shared, **extra},
+        )  # fmt: skip
+        launch(
+            tails.tail_kernel, tail or tail_configs(*sizes),
             lambda config: programs * (geometry.tile // config.rows), lambda _: {**shared, **extra},
         )  # fmt: skip
 
@@ -222,7 +238,8 @@ def forward(
             return call.result()
         assert call.groups is not None
         ranking = ordering.rank(call.q, call.k, call.scale, tiling, call.padding, call.groups)
-        for tile0, count in ranges(tiling, density, q.shape[0] * k.shape[1], workspace_bytes):
+        heads, group = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
+        for tile0, count in ranges(tiling, density, heads, group, workspace_bytes):
             call.run(ordering.order(ranking, call.k, tiling, density, tile0, count), False, None, None)
         return call.result()
 
@@ -299,14 +316,15 @@ def attend(
         return call.result()
 
 
-def ranges(tiling: Tiling, density: fractions.Fraction, heads: int, most: int) -> list[tuple[int, int]]:
-    """Ranges (first tile, tiles), the last tiles first, whose tables take at most so many bytes for `heads` heads."""
+def ranges(tiling: Tiling, density: fractions.Fraction, heads: int, group: int, most: int) -> list[tuple[int, int]]:
+    """Ranges (first tile, tiles), the last tiles first, whose tables take at most so many bytes for `heads` key/value
+    heads, each of `group` query heads."""
     found, end = [], tiling.count
     while end:
         # Later tiles have longer rows: a range of this many fits, if its last tile's row is its longest.
-        fits = most // (heads * ordering.row_bytes(tiling, end - 1, 1, density))
+        fits = most // (heads * ordering.row_bytes(tiling, end - 1, 1, density, group))
         count = min(end, max(1, fits))
-        while count > 1 and count * heads * ordering.row_bytes(tiling, end - count, count, density) > most:
+        while count > 1 and count * heads * ordering.row_bytes(tiling, end - count, count, density, group) > most:
             count -= max(1, count // 8)  # with a window, a range spans more keys than its last tile
         found.append((end - count, count))
         end -= count

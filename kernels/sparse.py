@@ -18,9 +18,7 @@ from torch import Tensor
 from s2o_inductor.kernels import cpu_sparse, dense, reference
 from s2o_inductor.kernels import mask as masks
 from s2o_inductor.kernels.mask import HIDDEN_KEY
-from s2o_inductor.sparse_policy import Geometry, SparsePolicy
-
-GEOMETRY = Geometry()
+from s2o_inductor.sparse_policy import GEOMETRIES, SparsePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,8 @@ class Trial:
 def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparsePolicy) -> str | None:
     """Why a call must be computed exactly, or None when it may be approximated; reads sizes alone."""
     queries, keys = q.shape[2], k.shape[2]
-    if q.device.type not in ("cpu", "cuda"):
+    geometry = GEOMETRIES.get(q.device.type)
+    if geometry is None:
         return f"no sparse kernel for {q.device.type!r} in this version"
     if all(budget == 0.0 for budget in policy.budgets) and not policy.candidates:
         return "budget 0"
@@ -78,9 +77,9 @@ def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparseP
         return "a window without causality"
     if call.upper is not None and not 0 <= call.upper <= keys - queries:
         return "queries that stand before the first or behind the last key"
-    if queries < GEOMETRY.tile:
+    if queries < geometry.tile:
         return f"{queries} queries are fewer than a tile"
-    if _end(call, queries, keys) < max(policy.min_seq, 2 * GEOMETRY.tile):
+    if _end(call, queries, keys) < max(policy.min_seq, 2 * geometry.tile):
         return f"shorter than min_seq={policy.min_seq}"
     return _why_not_cuda(call, q, k, v) if q.device.type == "cuda" else None
 
@@ -112,7 +111,7 @@ def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor) -> str | No
         return "the dense route takes no Triton kernel here either"
     from s2o_inductor.kernels import cuda_sparse
 
-    return cuda_sparse.why_not(q, k, v, GEOMETRY)
+    return cuda_sparse.why_not(q, k, v, cuda_sparse.GEOMETRY)
 
 
 @functools.cache
@@ -154,7 +153,7 @@ def _sparse(
     result = _kernel(q.device.type)(
         q, k[:, :, :end], v[:, :, :end], scale=call.scale, budgets=budgets, causal=call.upper is not None,
         window=window, keys=_visible_keys(call, end), documents=_documents(call, q, end), max_density=max_density,
-        geometry=GEOMETRY,
+        geometry=GEOMETRIES[q.device.type],
     )  # fmt: skip
     return result.output, result.lse, Statistics(result.pairs, result.visible, result.bundles, result.tail)
 

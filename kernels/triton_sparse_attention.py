@@ -1,13 +1,8 @@
 """S2O sparse attention in Triton: the keys of a tile's order, bundle by bundle, until what is left is not worth it.
 
 Keys and values stay where they are: each key tile is loaded through a page table of runs of keys (see
-`kernels/triton_sparse_order.py`, but any table will do). Two kernels write the output:
-
-    attend   the dense part of a tile of queries, then its bundles, with the stop test between them
-    tail     the groups of like keys that stand in for what was not read, folded into the output by its log-sum-exp
-
-Groups are made once per key/value head, by `kernels/triton_sparse_groups.py`. A tile of a query head, which stops by
-itself, adds only how many keys of each group it did not read.
+`kernels/triton_sparse_order.py`, but any table will do): first the dense part of a tile of queries, then its bundles,
+with the stop test between them. What stands in for the rest is folded in by `kernels/triton_sparse_tail.py`.
 """
 
 # Device code has no types that mypy knows.
@@ -29,13 +24,9 @@ from s2o_inductor.kernels.triton_sparse_tiles import (
     tile_keys,
 )
 
-# How much more than what was read a tail may weigh before the maximum of its scores has to be followed: a weight in
-# float16 is at most 65504.
-_MOST = tl.constexpr(32768.0)
-
 
 @triton.jit
-def _update(state, products, v, scale2):
+def update(state, products, v, scale2):
     """One step of the online softmax: (acc, peak, total) after keys with these products with the queries, and values.
 
     Hidden products are -inf; `scale2` is above 0, so that it may follow the maximum.
@@ -56,17 +47,17 @@ def _read(
     state, q, k_ptr, k_steps, v_ptr, v_steps, batch, kv_head, key, visible, scale2, MASKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """`_update` with the keys at positions `key`; with MASKED, only where `visible` (BN,)."""
+    """`update` with the keys at positions `key`; with MASKED, only where `visible` (BN,)."""
     k = gather_rows(k_ptr, k_steps, batch, kv_head, key, visible, MASKED, D, BLOCK_D)
     products = tl.dot(q, k.T, input_precision="ieee")
     if MASKED:
         products = tl.where(visible[None, :], products, float("-inf"))
     v = gather_rows(v_ptr, v_steps, batch, kv_head, key, visible, MASKED, DV, BLOCK_DV)
-    return _update(state, products, v, scale2)
+    return update(state, products, v, scale2)
 
 
 @triton.jit
-def _finish(state, out_ptr, lse_ptr, batch, head, heads, query, queries, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def finish(state, out_ptr, lse_ptr, batch, head, heads, query, queries, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Output and log-sum-exp of the queries at `query` that exist; 0 and -inf where nothing was seen."""
     acc, peak, total = state
     empty = total == 0.0
@@ -143,7 +134,7 @@ def attend_kernel(
             visible = visible & (key[None, :] > position[:, None] - window)
         pairs += tl.sum(visible.to(tl.int32), 1)
         v = gather_rows(v_ptr, v_steps, batch, kv_head, key, there, True, DV, BLOCK_DV)
-        acc, peak, total = _update((acc, peak, total), tl.where(visible, products, float("-inf")), v, scale2)
+        acc, peak, total = update((acc, peak, total), tl.where(visible, products, float("-inf")), v, scale2)
 
     bundles = start * 0
     left = tl.zeros((TILE,), tl.float32)
@@ -202,7 +193,7 @@ def attend_kernel(
             worst = tl.max(tl.where(counts, assumed / (1.0 + assumed), 0.0), 0)
             going = (tokens < listed) & (worst > budget)
 
-    _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)
+    finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)
     place = bh.to(tl.int64) * tiles + tile
     rows = (end - start).to(tl.int64)
     seen = tl.sum((exists & (total > 0.0)).to(tl.int32), 0)
@@ -226,134 +217,3 @@ def bundle_of_kernel(
     run = tl.load(table_ptr + row * places + place, mask=there, other=0)
     to = bundle_of_ptr + row * room + run - base // RUN
     tl.store(to, (place // (BUNDLE // RUN)).to(tl.int16), mask=there)
-
-
-@triton.jit
-def _load_unread(of_bundle, of_counts, key0, high, RUN: tl.constexpr, CLUSTERS: tl.constexpr, SPAN: tl.constexpr):
-    """The bundles of the runs of keys [key0, key0 + SPAN) below `high`, and how many keys they have in each group."""
-    run = key0 // RUN + tl.arange(0, SPAN // RUN)
-    entry = key0 // RUN * CLUSTERS + tl.arange(0, SPAN // RUN * CLUSTERS)
-    bundle = tl.load(of_bundle + run, mask=run < high // RUN, other=0)
-    return bundle, tl.load(of_counts + entry, mask=entry < high // RUN * CLUSTERS, other=0)
-
-
-@triton.jit
-def _count_left(bundle, counts, bundles, RUNS: tl.constexpr, CLUSTERS: tl.constexpr, BN: tl.constexpr):
-    """What `tail_groups.tail_logits` makes of the keys of each group that are in none of the first `bundles`.
-
-    Returns:
-        float32 (BN,), how many they count for, and by what their group's spread shrinks; from `_load_unread`.
-    """
-    unread = (bundle >= bundles).to(tl.int32).reshape(BN // CLUSTERS, RUNS, 1)
-    of_group = counts.to(tl.int32).reshape(BN // CLUSTERS, RUNS, CLUSTERS)
-    left = tl.sum(of_group * unread, 1).reshape(BN).to(tl.float32)
-    size = tl.maximum(tl.sum(of_group, 1).reshape(BN), 1).to(tl.float32)
-    read = size - left
-    # 1 - 2 sqrt(share read), without the difference: a device's square root of 1 / 4 is not 1 / 2, and a sharp head
-    # multiplies what is left of it by a spread of hundreds.
-    return left * left / size, tl.maximum(size - 4.0 * read, 0.0) / (size + 2.0 * tl.sqrt(read * size))
-
-
-@triton.jit
-def _stand_in(
-    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, high, groups, scale2, most,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """What stands in for the groups at `number` (BN,) below `high`.
-
-    Returns:
-        base-2 scores of one key of each, what its `shrunk` spread adds to them at most `most` and -inf where no key is
-        `left`: products of q and mean keys, to be scaled by `scale2`, and what is to be added to that; and mean values.
-    """
-    there = number < high
-    steps = (groups.to(tl.int64) * D, 0, D)
-    variance = gather_rows(variance_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
-    spread = tl.dot(squares, variance.T, input_precision="ieee")
-    k = gather_rows(mean_k_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
-    products = tl.dot(q, k.T, input_precision="ieee")
-    # Hidden by the limit, which is taken anyway: that costs nothing for each score.
-    spread = tl.minimum(spread * shrunk[None, :], tl.where(left > 0.0, most, float("-inf"))[None, :])
-    steps = (groups.to(tl.int64) * DV, 0, DV)
-    v = gather_rows(mean_v_ptr, steps, kv_bh, kv_bh * 0, number, there, True, DV, BLOCK_DV)
-    return products, spread, v
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def tail_kernel(
-    q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, bundle_of_ptr, counts_ptr, mean_k_ptr, variance_ptr, mean_v_ptr,
-    runs_ptr, documents_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles,
-    tile0, count, base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, BUNDLE: tl.constexpr,
-    CLUSTERS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
-
-    See `tail_groups.tail_logits`, and `GroupTable` for what it reads. BN is a multiple of CLUSTERS. Weights are
-    relative to the mass of what was read, which a tail seldom outweighs: no maximum has to be followed. Where it does,
-    by more than _MOST, the tile is done again and the maximum followed.
-    """
-    part, bh = schedule(count * (TILE // BM), section, CAUSAL)
-    of_range = part // (TILE // BM)
-    tile = tile0 + of_range
-    batch = bh // heads
-    head = bh % heads
-    kv_bh = (batch * (heads // group) + head // group).to(tl.int64)
-    start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, CAUSAL, WINDOWED)
-    low, high = packed_keys(documents_ptr, batch, tile, tiles, low, high, PACKED)
-    ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
-    row = kv_bh * count + of_range
-    bundles = tl.load(bundles_ptr + bh.to(tl.int64) * tiles + tile).to(tl.int32)
-    read = tl.minimum(tl.load(listed_ptr + row), bundles * (BUNDLE // RUN))
-    if (read < ranked) & (tl.load(budgets_ptr + head) >= 0.0):
-        position = (first_tile + tile) * TILE + part % (TILE // BM) * BM + tl.arange(0, BM)
-        exists = (position >= start) & (position < end)
-        query = position - (keys - queries)
-        q = gather_rows(q_ptr, q_steps, batch, head, query, exists, True, D, BLOCK_D)
-        scale2 = tl.cast(scale, tl.float32) * LOG2_E
-        wide = q.to(tl.float32)
-        squares = (wide * wide * (0.5 * scale * scale2)).to(variance_ptr.dtype.element_ty)
-        most = tl.cast(limit, tl.float32) * LOG2_E
-        # The state of the softmax that `attend_kernel` left, with the output for its sum and 1 for its total.
-        place = (batch.to(tl.int64) * heads + head) * queries + query
-        lse = tl.load(lse_ptr + place, mask=exists, other=float("-inf")) * LOG2_E
-        before = tl.where(lse == float("-inf"), 0.0, 1.0)
-        steps = (queries.to(tl.int64) * heads * DV, DV, heads.to(tl.int64) * DV)
-        acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
-        origin = tl.where(lse == float("-inf"), 0.0, lse)
-        total = before
-        RUNS: tl.constexpr = UNIT // RUN
-        SPAN: tl.constexpr = BN // CLUSTERS * UNIT
-        of_bundle = bundle_of_ptr + row * room - base // RUN
-        of_counts = counts_ptr + kv_bh * groups * RUNS
-        end_group = high // UNIT * CLUSTERS
-        bundle, counts = _load_unread(of_bundle, of_counts, low, high, RUN, CLUSTERS, SPAN)
-        for key0 in tl.range(low, high, SPAN):
-            left, shrunk = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
-            # A step ahead: the pipeline is for operands of products alone.
-            bundle, counts = _load_unread(of_bundle, of_counts, key0 + SPAN, high, RUN, CLUSTERS, SPAN)
-            products, spread, v = _stand_in(
-                q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
-                key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-            # Times what is left, not plus its logarithm, which would be more instructions than all else here.
-            weights = tl.exp2(products * scale2 + (spread - origin[:, None])) * left[None, :]
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        peak = origin
-        outweighed = exists & ((total > _MOST) | (before == 0.0))
-        if tl.sum(outweighed.to(tl.int32), 0) > 0:
-            acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
-            peak = lse
-            total = before
-            for key0 in tl.range(low, high, SPAN, num_stages=1):  # more would cost the first loop registers
-                bundle, counts = _load_unread(of_bundle, of_counts, key0, high, RUN, CLUSTERS, SPAN)
-                left, shrunk = _count_left(bundle, counts, bundles, RUNS, CLUSTERS, BN)
-                products, spread, v = _stand_in(
-                    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh,
-                    key0 // UNIT * CLUSTERS + tl.arange(0, BN), end_group, groups, scale2, most, D, DV, BLOCK_D,
-                    BLOCK_DV,
-                )  # fmt: skip
-                scores = products * scale2 + spread + tl.log2(tl.maximum(left, 1e-6))[None, :]
-                acc, peak, total = _update((acc, peak, total), scores, v, 1.0)
-        _finish((acc, peak, total), out_ptr, lse_ptr, batch, head, heads, query, queries, DV, BLOCK_DV)

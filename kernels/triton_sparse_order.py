@@ -32,10 +32,13 @@ from s2o_inductor.kernels.launching import Config, block_width, launch, tiles_of
 from s2o_inductor.kernels.triton_sparse_groups import GroupTable
 from s2o_inductor.kernels.triton_sparse_table import BINS, SEGMENT
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling, steps_of
+from s2o_inductor.sparse_policy import Geometry
 
 # Least and most runs that one program sorts at a time.
 _LEAST_SORTED, _SORTED = 64, 1024
 # Exact products hold all of their operands in shared memory: wide heads leave room for few representatives.
+# Left to choose, ptxas gives them 128 registers, or 32 and a stack of 8 kB, by how many groups a block has.
+_EXACT = Config(128, 32, 8, 2, registers=255)
 _FEW = [Config(64, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 4, 1)]
 
 
@@ -97,7 +100,7 @@ def masses_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
         means: representatives of a tile, a power of two.
     """
     if dtype == torch.float32:
-        return _for_rows(means, [Config(128, 32, 8, 2), Config(128, 16, 8, 1), *_FEW])
+        return _for_rows(means, [_EXACT, Config(128, 16, 8, 1), *_FEW])
     if width <= 128:
         return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 64, 8, 1), Config(64, 32, 4, 1)])
     return _for_rows(means, [Config(128, 64, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 4, 1)])
@@ -110,7 +113,7 @@ def scores_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
     and half of a Hopper's shared memory.
     """
     if dtype == torch.float32:
-        return _for_rows(means, [Config(128, 32, 8, 2), Config(128, 16, 8, 1), *_FEW])
+        return _for_rows(means, [_EXACT, Config(128, 16, 8, 1), *_FEW])
     if width <= 128:
         most = [Config(128, 128, 8, 2, registers=128), Config(128, 64, 4, 2), Config(128, 32, 4, 1)]
         return _for_rows(means, most)
@@ -171,11 +174,20 @@ def span_of(tiling: Tiling, tile0: int, count: int) -> tuple[int, int, int]:
     return base, triton.cdiv(runs, SEGMENT.value) * SEGMENT.value, max(high - low for low, high in present)
 
 
-def row_bytes(tiling: Tiling, tile0: int, count: int, density: fractions.Fraction) -> int:
-    """Bytes of workspace that one key/value head takes per tile of a range."""
+def groups_in(room: int, geometry: Geometry) -> int:
+    """Groups of the blocks of `room` runs, whole segments."""
+    return room // (geometry.block // geometry.run) * geometry.clusters
+
+
+def row_bytes(tiling: Tiling, tile0: int, count: int, density: fractions.Fraction, group: int) -> int:
+    """Bytes of workspace that one key/value head takes at most per tile of a range, with its `group` query heads."""
     _, room, most = span_of(tiling, tile0, count)
     run = 4 + 1 + 2  # packed for sorting, bin, bundle
-    return room * run + room // SEGMENT.value * BINS.value * 4 + tiling.listed(most, density) * 4
+    unread = group * 2 * 4  # of a group of keys, by query head: two numbers
+    return (
+        room * run + room // SEGMENT.value * BINS.value * 4 + tiling.listed(most, density) * 4
+        + groups_in(room, tiling.geometry) * unread
+    )  # fmt: skip
 
 
 def order(

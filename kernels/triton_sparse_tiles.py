@@ -128,9 +128,9 @@ class Tiling:
             raise ValueError(f"the CUDA kernels take bundles of a multiple of 64 keys; got {g.bundle}")
         if g.clusters > 16 or g.clusters & (g.clusters - 1):
             raise ValueError(f"the CUDA kernels take clusters of a power of two up to 16, or 0; got {g.clusters}")
-        if g.run > 64 or g.run & (g.run - 1) or not 16 <= g.block <= 256 or g.block & (g.block - 1):
+        if g.run > 64 or g.run & (g.run - 1) or not 16 <= g.block <= 512 or g.block & (g.block - 1):
             raise ValueError(
-                f"the CUDA kernels take runs and blocks of a power of two, up to 64 and from 16 to 256 keys; "
+                f"the CUDA kernels take runs and blocks of a power of two, up to 64 and from 16 to 512 keys; "
                 f"got {g.run} and {g.block}"
             )
         if self.keys > UNLISTED.value * g.bundle:

@@ -21,7 +21,7 @@ from s2o_inductor.loops import breaks
 from s2o_inductor.mask_spec import MaskSpec, parse
 from s2o_inductor.passes.moe_sizes import PREPARED, experts_shape
 from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite
-from s2o_inductor.sparse_policy import Extent, Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Extent, Geometry
 
 log = logging.getLogger("s2o_inductor")
 
@@ -129,7 +129,8 @@ class Site:
         if "dense" in self.mask and not parse(text).dense:
             self.mask, self.mask_reason = parse(text).terms(), None
         if self.name in ops.statistics:
-            self.reading = Reading.of(ops.statistics[self.name], ops.extents[self.name], Geometry())
+            read = ops.statistics[self.name]
+            self.reading = Reading.of(read, ops.extents[self.name], GEOMETRIES[read.bundles.device.type])
             self.exact = False
 
     def to_dict(self) -> dict[str, Any]:

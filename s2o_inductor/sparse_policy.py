@@ -68,6 +68,12 @@ class Geometry:
             )
 
 
+# Sizes per device type. Eight groups of 512 keys cost a tile's tail what four of 256 do, and err less (BENCHMARKS.md,
+# "Cheaper tails"), but a tile reads 128 keys more densely, those behind its whole blocks. On CUDA, where sparse
+# attention pays from tens of thousands of keys on, that is little; on a CPU it pays from 8,192. There sinks stay dense.
+# Where they would be 512, they are ranked like any key: every tile finds them, and reads less for the same error.
+GEOMETRIES = {"cpu": Geometry(), "cuda": Geometry(sink=0, block=512, clusters=8)}
+
 KEY_TILE = 64  # keys that a kernel multiplies at a time, for counts of whole tiles
 
 

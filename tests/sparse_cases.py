@@ -387,7 +387,8 @@ def random_case(seed: int, *, device: str = "cpu", small: bool = True) -> Sparse
     """
     kind, draw = random.Random(seed % KINDS), random.Random(seed)
     group = kind.choice([1, 2] if small else [1, 2, 4, 7])
-    tile, block = kind.choice([(128, 128), (128, 64), (128, 64), (64, 32), (32, 16), (128, 256)])
+    longest = 256 if small else 512  # blocks, beside which few keys leave no prefix
+    tile, block = kind.choice([(128, 128), (128, 64), (128, 64), (64, 32), (32, 16), (128, longest)])
     geometry = Geometry(
         tile=tile, block=block, clusters=kind.choice([1, 4, 4, 8]), rounds=kind.choice([1, 4]),
         sink=kind.choice([0, 1, 2]) * block, bundle=kind.choice([64, 128]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 from s2o_inductor.kernels import hopper_sparse
 from s2o_inductor.kernels.operands import aligned
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
-from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
 from s2o_inductor.testing import LAYOUTS, in_memory
 
 HOPPER = (9, 0)
@@ -24,7 +25,7 @@ def configs(
     dtype: torch.dtype = torch.bfloat16, widths: tuple[int, int] = (128, 128),
     causal: bool = True, window: int | None = None, padding: Padding | None = None, geometry: Geometry | None = None,
 ) -> list[Any]:  # fmt: skip
-    tiling = Tiling(4096, 4096, causal, window, geometry or Geometry())
+    tiling = Tiling(4096, 4096, causal, window, geometry or GEOMETRIES["cuda"])
     return of(capability, dtype, widths, tiling, padding or Padding())
 
 
@@ -36,7 +37,7 @@ def configs(
     ],
 )  # fmt: skip
 def test_taken(call: dict[str, Any]) -> None:
-    geometry = call.get("geometry") or Geometry()
+    geometry = call.get("geometry") or GEOMETRIES["cuda"]
     found = configs(**call)
     assert found
     special = configs(hopper_sparse.special_configs, **call)
@@ -85,9 +86,9 @@ def test_compiles(kind: str, width: int, tile: int) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     of = hopper_sparse.special_configs if kind == "special" else hopper_sparse.attend_configs
-    (config, *_) = configs(of, widths=(width, width), geometry=Geometry(tile=tile))
+    geometry = dataclasses.replace(GEOMETRIES["cuda"], tile=tile)
+    (config, *_) = configs(of, widths=(width, width), geometry=geometry)
     kernel = module.attend_kernel
-    geometry = Geometry()
     constants = {
         "TILE": tile, "UNIT": geometry.block, "BUNDLE": geometry.bundle, "HORIZON": geometry.horizon, "D": width,
         "BN": config.keys, "AHEAD": config.stages,

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from s2o_inductor.kernels import reference
 from s2o_inductor.kernels.reference_sparse import representatives, sparse_attention, tiles_of
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.sparse_policy import Geometry, SparsePolicy
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry, SparsePolicy
 from s2o_inductor.testing import assert_close_to_gold
 
 CASES: dict[str, dict[str, Any]] = {
@@ -60,6 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
     "no sinks, one mean": {
         "geometry": Geometry(bundle=64, sink=0, block=128, sub_means=1, limit=0.1),
         "lengths": (30, 300), "max_density": 0.5,
+    },
+    "the sizes of CUDA": {"geometry": GEOMETRIES["cuda"], "lengths": (100, 1124), "max_density": 0.3},
+    "the sizes of CUDA with sinks, padding": {
+        "geometry": dataclasses.replace(GEOMETRIES["cuda"], sink=512, bundle=64), "padded": True, "batch": 2,
+        "heads": (1, 1), "lengths": (20, 1044), "max_density": 0.3,
     },
     "all in the dense part": {"lengths": (5, 40)},
     "fewer queries than means": {"lengths": (3, 400), "max_density": 0.3},
@@ -243,13 +248,13 @@ def test_ranges_cover_all_tiles_and_fit_the_workspace() -> None:
 
     density = fractions.Fraction(1, 10)
     for queries, keys, window in ((131_072, 131_072, None), (70_000, 131_072, 4096), (5, 131_072, None), (9, 9, None)):
-        tiling = Tiling(queries, keys, True, window, Geometry())
+        tiling = Tiling(queries, keys, True, window, GEOMETRIES["cuda"])
         for most in (1, 64 << 20, 1 << 40):
-            found = sorted(cuda_sparse.ranges(tiling, density, 8, most))
+            found = sorted(cuda_sparse.ranges(tiling, density, 8, 4, most))
             assert [tile for first, count in found for tile in range(first, first + count)] == [*range(tiling.count)]
             assert len(found) == 1 or most < 1 << 40
             for first, count in found:
-                assert count == 1 or 8 * count * triton_sparse_order.row_bytes(tiling, first, count, density) <= most
+                assert count == 1 or 8 * count * triton_sparse_order.row_bytes(tiling, first, count, density, 4) <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -297,7 +302,7 @@ def problem_with(**fields: Any) -> SparseProblem:
          "12 query heads of a key/value head times 8 sub-means are over 64 for float32 heads wider than 128"),
         ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
         ({"geometry": Geometry(clusters=0)}, "clusters must be at least 1 here; got 0"),
-        ({"geometry": Geometry(block=512, sink=0)}, "from 16 to 256 keys; got 8 and 512"),
+        ({"geometry": Geometry(block=1024, sink=0)}, "from 16 to 512 keys; got 8 and 1024"),
     ],
 )  # fmt: skip
 def test_bad_arguments_say_what_is_wrong(fields: dict[str, Any], message: str) -> None:

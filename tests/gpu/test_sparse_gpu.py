@@ -15,7 +15,7 @@ from sparse_cases import SparseProblem, random_case, sparse_problem
 from test_sparse_backend import Attention, Packed, compiled, packed_positions, relative
 
 import s2o_inductor
-from s2o_inductor.sparse_policy import Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,8 +28,8 @@ def test_random_cases(seed: int) -> None:
 @pytest.mark.parametrize("budget", [0.0, 0.05, 0.5])
 def test_default_geometry_at_4096(budget: float) -> None:
     sparse_problem(
-        1, (8, 2), (4096, 4096), (128, 128), torch.bfloat16, sharpness=3.0, device="cuda", geometry=Geometry(),
-        budgets=(budget,), max_density=0.5,
+        1, (8, 2), (4096, 4096), (128, 128), torch.bfloat16, sharpness=3.0, device="cuda", budgets=(budget,),
+        max_density=0.5, geometry=GEOMETRIES["cuda"],
     ).check()  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_beyond_two_to_the_31_elements() -> None:
     fused = torch.randn(1, length, 48, 128, device="cuda", dtype=torch.bfloat16)
     q, k, v = (x.transpose(1, 2) for x in (fused[:, :, :2], fused[:, :, 32:33], fused[:, :, 40:41]))
     assert k.stride(2) * (length - 1) > 2**31
-    case = SparseProblem(q[:, :, -200:] * 2, k, v, geometry=Geometry(), max_density=0.02)
+    case = SparseProblem(q[:, :, -200:] * 2, k, v, geometry=GEOMETRIES["cuda"], max_density=0.02)
     case.check_replay(case.run(), *case.order())
 
 
@@ -111,7 +111,9 @@ def test_packed_documents_through_the_backend() -> None:
 
 
 @pytest.mark.parametrize("kind", ["special", "kernels"])
-@pytest.mark.parametrize("geometry", [Geometry(), Geometry(tile=64), Geometry(sink=0, bundle=128, block=128)])
+@pytest.mark.parametrize(
+    "geometry", [GEOMETRIES["cuda"], Geometry(), Geometry(tile=64), Geometry(sink=0, bundle=128, block=128)]
+)
 @pytest.mark.parametrize(
     ("lengths", "width"), [((2048, 2048), 128), ((1777, 2311), 128), ((300, 4500), 64), ((1, 1000), 64)]
 )
