@@ -27,14 +27,13 @@ from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.kernels.triton_sparse_groups import GroupTable, group_keys
 from s2o_inductor.kernels.triton_sparse_order import Order
 from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, Padding, Tiling, steps_of
-from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, MOST_MEANS, Geometry
 
 # Tables and scratch of the tiles that are worked on at a time; a single row of tiles may need more.
 WORKSPACE_BYTES = 512 << 20
 GEOMETRY = GEOMETRIES["cuda"]
-# Widest rows of keys and values, and most representatives of a tile, that leave room for the rest of a program.
+# Widest rows of keys and values that leave room for the rest of a program.
 _WIDTH = 256
-_MEANS = 128
 # A head with this budget reads its prefix in place.
 _EXACT = -1.0
 
@@ -74,11 +73,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
     widest, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
     if widest > _WIDTH:
         return f"heads are wider than {_WIDTH}: {widest}"
-    if group * geometry.sub_means > _MEANS:
-        return f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {_MEANS}"
-    if q.dtype == torch.float32 and q.shape[3] > _WIDTH // 2 and group * geometry.sub_means > _MEANS // 2:
+    if group * geometry.sub_means > MOST_MEANS:
+        return f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS}"
+    if q.dtype == torch.float32 and q.shape[3] > _WIDTH // 2 and group * geometry.sub_means > MOST_MEANS // 2:
         return (
-            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {_MEANS // 2} for "
+            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS // 2} for "
             f"float32 heads wider than {_WIDTH // 2}"
         )
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from s2o_inductor.kernels import cpu_sparse, dense, reference
 from s2o_inductor.kernels import mask as masks
 from s2o_inductor.kernels.mask import HIDDEN_KEY
-from s2o_inductor.sparse_policy import GEOMETRIES, SparsePolicy
+from s2o_inductor.sparse_policy import Geometry, SparsePolicy, geometry_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Trial:
 def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparsePolicy) -> str | None:
     """Why a call must be computed exactly, or None when it may be approximated; reads sizes alone."""
     queries, keys = q.shape[2], k.shape[2]
-    geometry = GEOMETRIES.get(q.device.type)
+    geometry = geometry_of(q.device.type, q.shape[1] // k.shape[1])
     if geometry is None:
         return f"no sparse kernel for {q.device.type!r} in this version"
     if all(budget == 0.0 for budget in policy.budgets) and not policy.candidates:
@@ -81,7 +81,7 @@ def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparseP
         return f"{queries} queries are fewer than a tile"
     if _end(call, queries, keys) < max(policy.min_seq, 2 * geometry.tile):
         return f"shorter than min_seq={policy.min_seq}"
-    return _why_not_cuda(call, q, k, v) if q.device.type == "cuda" else None
+    return _why_not_cuda(call, q, k, v, geometry) if q.device.type == "cuda" else None
 
 
 def forward(
@@ -103,7 +103,7 @@ def forward(
     return output, lse, f"{q.device.type}-s2o", statistics
 
 
-def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
     """Why the Triton kernels cannot run a call that is otherwise fit for them."""
     if not _has_triton():
         return "the sparse CUDA kernels need triton, which is not installed"
@@ -111,7 +111,7 @@ def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor) -> str | No
         return "the dense route takes no Triton kernel here either"
     from s2o_inductor.kernels import cuda_sparse
 
-    return cuda_sparse.why_not(q, k, v, cuda_sparse.GEOMETRY)
+    return cuda_sparse.why_not(q, k, v, geometry)
 
 
 @functools.cache
@@ -150,10 +150,12 @@ def _sparse(
 ) -> tuple[Tensor, Tensor, Statistics]:
     end = _end(call, q.shape[2], k.shape[2])
     window = None if call.lower is None or call.upper is None else call.upper - call.lower + 1
+    geometry = geometry_of(q.device.type, q.shape[1] // k.shape[1])
+    assert geometry is not None  # `why_dense` has seen to that
     result = _kernel(q.device.type)(
         q, k[:, :, :end], v[:, :, :end], scale=call.scale, budgets=budgets, causal=call.upper is not None,
         window=window, keys=_visible_keys(call, end), documents=_documents(call, q, end), max_density=max_density,
-        geometry=GEOMETRIES[q.device.type],
+        geometry=geometry,
     )  # fmt: skip
     return result.output, result.lse, Statistics(result.pairs, result.visible, result.bundles, result.tail)
 

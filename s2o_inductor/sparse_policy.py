@@ -74,6 +74,25 @@ class Geometry:
 # Where they would be 512, they are ranked like any key: every tile finds them, and reads less for the same error.
 GEOMETRIES = {"cpu": Geometry(), "cuda": Geometry(sink=0, block=512, clusters=8)}
 
+# Mean queries of all query heads of a key/value head that the CUDA kernels take: columns of one product.
+MOST_MEANS = 128
+
+
+@functools.lru_cache(maxsize=64)
+def geometry_of(device: str, group: int) -> Geometry | None:
+    """Sizes for `group` query heads of a key/value head on a device type, None where there is no kernel.
+
+    On CUDA many heads have fewer mean queries each, so that they fit into one product.
+    """
+    found = GEOMETRIES.get(device)
+    if found is None or device != "cuda":
+        return found
+    sub_means = found.sub_means
+    while sub_means > 1 and sub_means * group > MOST_MEANS:
+        sub_means //= 2
+    return dataclasses.replace(found, sub_means=sub_means)
+
+
 KEY_TILE = 64  # keys that a kernel multiplies at a time, for counts of whole tiles
 
 
