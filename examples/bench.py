@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add.add_argument("--sweep", action="store_true", help="ways to run the kernels, at density 0.1")
     add.add_argument("--gather", action="store_true", help="the attention kernel alone on equal work in several orders")
     add.add_argument("--profile", action="store_true", help="time on the device by kernel, at density 0.1")
+    add.add_argument("--flex", action="store_true", help="FlexAttention, too, compiled for each length")
     add.add_argument("--json", type=Path, help="write the rows here as well")
     add = commands.add_parser("quality", help="error against density of sparse selections")
     add.set_defaults(run=quality)

@@ -66,8 +66,21 @@ def check() -> None:
     print(f"relative error with everything read: {error:.2e}")
 
 
-def dense_times(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-    times = {}
+def flex_time(q: Tensor, k: Tensor, v: Tensor) -> float:
+    """FlexAttention with a causal block mask, compiled for this length."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    torch._dynamo.reset()
+    mask = create_block_mask(causal, None, None, q.shape[2], k.shape[2], device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return measure(lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True))
+
+
+def dense_times(q: Tensor, k: Tensor, v: Tensor, flex: bool) -> dict[str, float]:
+    times = {"flex": flex_time(q, k, v)} if flex else {}
     for name, backend in DENSE.items():
         with sdpa_kernel(backend):
             times[name] = measure(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
@@ -204,9 +217,9 @@ def show(row: dict[str, Any]) -> None:
     print("  ".join(cells), flush=True)
 
 
-def timed(q: Tensor, k: Tensor, v: Tensor) -> Iterable[dict[str, Any]]:
+def timed(q: Tensor, k: Tensor, v: Tensor, flex: bool) -> Iterable[dict[str, Any]]:
     """Fixed densities, and the default budget."""
-    dense = dense_times(q, k, v)
+    dense = dense_times(q, k, v, flex)
     for budget, density in ((NEVER, 0.05), (NEVER, 0.1), (NEVER, 0.2), (0.5, 1.0)):
         row = {**run_case(q, k, v, budget, density, GEOMETRY), **dense}
         yield {**row, "cudnn / total": row["cudnn"] / row["total"]}
@@ -229,7 +242,7 @@ def run(options: argparse.Namespace) -> None:
         elif options.profile:
             found = [{"tokens": length, **profile(q, k, v, NEVER, 0.1, GEOMETRY)}]
         else:
-            found = timed(q, k, v)
+            found = timed(q, k, v, options.flex)
         for row in found:
             show(row)
             rows.append(row)

@@ -77,8 +77,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
         return f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS}"
     if q.dtype == torch.float32 and q.shape[3] > _WIDTH // 2 and group * geometry.sub_means > MOST_MEANS // 2:
         return (
-            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS // 2} for "
-            f"float32 heads wider than {_WIDTH // 2}"
+            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS // 2} "
+            f"for float32 heads wider than {_WIDTH // 2}"
         )
     try:
         Tiling(q.shape[2], k.shape[2], True, None, geometry)
