@@ -185,11 +185,11 @@ def _selection(node: fx.Node) -> Selection | None:
 
 
 def _as_many(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
-    """The first of the nodes with as many rows as a top-k reads: a router's scores, where these are (T, E)."""
+    """The first node before a top-k with as many rows as it reads: a router's scores, where these are (T, E)."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     shape = _value(source).shape[:-1]
-    for other in nodes:
+    for other in nodes[: nodes.index(node)]:
         value = other.meta.get("val")
         if not isinstance(value, Tensor) or value.dim() != len(shape) + 1:
             continue

@@ -182,6 +182,20 @@ def test_the_score_of_an_only_group_may_be_read() -> None:
     assert_same(Here(gm).run(*data), expected)
 
 
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_the_only_expert_is_chosen_by_nothing_else(symbolic: bool) -> None:
+    """Nothing but the choice has as many rows: the sizes of the zeros must not come from what follows it."""
+
+    def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        index = torch.topk(scores_of(x, weight).sum(-1, keepdim=True), k=1, dim=-1)[1]
+        return index, torch.ones_like(index, dtype=x.dtype)
+
+    gm, data = traced(route, symbolic=symbolic), inputs()
+    expected = Here(gm).run(*data)
+    assert rewritten(gm) == ["no choice of one among one"]
+    assert_same(Here(gm).run(*data), expected)
+
+
 def test_a_cast_with_other_readers_stays() -> None:
     def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ids, p = plain(x, weight)
