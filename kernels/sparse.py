@@ -30,6 +30,7 @@ class Statistics:
         visible: int64 (B, Hq), visible pairs.
         bundles: (B, Hq, tiles), bundles of keys that a tile read.
         tail: (B, Hq, tiles), estimated share of the softmax mass that a tile left unread, mean of its rows.
+        geometry: sizes that the call ran with.
         error: (B, Hq), squared error of the audited rows relative to their squared norm; None without an audit.
     """
 
@@ -37,6 +38,7 @@ class Statistics:
     visible: Tensor
     bundles: Tensor
     tail: Tensor
+    geometry: Geometry
     error: Tensor | None = None
 
 
@@ -157,7 +159,7 @@ def _sparse(
         window=window, keys=_visible_keys(call, end), documents=_documents(call, q, end), max_density=max_density,
         geometry=geometry,
     )  # fmt: skip
-    return result.output, result.lse, Statistics(result.pairs, result.visible, result.bundles, result.tail)
+    return result.output, result.lse, Statistics(result.pairs, result.visible, result.bundles, result.tail, geometry)
 
 
 def _try(

@@ -21,7 +21,7 @@ from s2o_inductor.loops import breaks
 from s2o_inductor.mask_spec import MaskSpec, parse
 from s2o_inductor.passes.moe_sizes import PREPARED, experts_shape
 from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite
-from s2o_inductor.sparse_policy import GEOMETRIES, Extent, Geometry
+from s2o_inductor.sparse_policy import Extent
 
 log = logging.getLogger("s2o_inductor")
 
@@ -52,13 +52,14 @@ class Reading:
     error: float | None
 
     @classmethod
-    def of(cls, statistics: Any, extent: Extent | None, geometry: Geometry) -> Reading:
+    def of(cls, statistics: Any, extent: Extent | None) -> Reading:
         """From a `kernels.sparse.Statistics` of a call of these sizes, None if packed; waits for its device."""
         heads = (statistics.pairs / statistics.visible.clamp(min=1)).mean(dim=0).tolist()
         error = None if statistics.error is None else statistics.error.mean().item()
         mma = work = None
         if extent is not None:
-            tiles = [extent.densities(bundles, geometry) for bundles in statistics.bundles.flatten(0, 1).tolist()]
+            read = statistics.bundles.flatten(0, 1).tolist()
+            tiles = [extent.densities(bundles, statistics.geometry) for bundles in read]
             mma, work = (sum(x) / max(len(tiles), 1) for x in zip(*tiles, strict=True))
         return cls(sum(heads) / len(heads), tuple(heads), mma, work, statistics.tail.mean().item(), error)
 
@@ -129,8 +130,7 @@ class Site:
         if "dense" in self.mask and not parse(text).dense:
             self.mask, self.mask_reason = parse(text).terms(), None
         if self.name in ops.statistics:
-            read = ops.statistics[self.name]
-            self.reading = Reading.of(read, ops.extents[self.name], GEOMETRIES[read.bundles.device.type])
+            self.reading = Reading.of(ops.statistics[self.name], ops.extents[self.name])
             self.exact = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -70,6 +70,20 @@ def relative(actual: Tensor, exact: Tensor) -> float:
 
 
 @torch.no_grad()
+def test_densities_are_of_the_sizes_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA many query heads have fewer mean queries each, which is less work."""
+    ran = Geometry(sub_means=2)
+    monkeypatch.setattr(sparse, "geometry_of", lambda *_: ran)
+    compiled(Attention())(*peaked())
+    (site,) = s2o_inductor.last_report().sites
+    found = site.to_dict()
+    (name,) = ops.statistics
+    of_heads = ops.statistics[name].bundles.flatten(0, 1).tolist()
+    densities = [ops.extents[name].densities(bundles, ran) for bundles in of_heads]
+    assert found["sparse"]["work_density"] == pytest.approx(sum(work for _, work in densities) / len(densities))
+
+
+@torch.no_grad()
 def test_long_inference_is_approximated_and_says_how_far(caplog: pytest.LogCaptureFixture) -> None:
     ops._say_approximate.cache_clear()
     inputs = peaked()
