@@ -38,9 +38,7 @@ from s2o_inductor.kernels.launching import Config
 from s2o_inductor.kernels.moe_cpu import Experts, Gradients, PerExpert
 from s2o_inductor.moe_spec import ExpertSpec
 
-_LAUNCHERS = (
-    triton_moe_addresses, triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward, hopper_moe,
-)  # fmt: skip
+_LAUNCHERS = (triton_moe_addresses, triton_moe_plan, triton_moe_first, triton_moe_second, triton_moe_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +85,19 @@ def _noted(shape: Shape) -> Iterator[list[Launch]]:
     """Kernels are noted down instead of launched; tiles are those of the shape's device."""
     launches: list[Launch] = []
     before = [(module, "launch", module.launch) for module in _LAUNCHERS]
-    before.append((cuda_moe, "facts_of", cuda_moe.facts_of))
+    before += [(hopper_moe, "try_launch", hopper_moe.try_launch), (cuda_moe, "facts_of", cuda_moe.facts_of)]
 
     def note(kernel: Any, configs: Sequence[Config], _: Any, arguments: Callable[[Config], dict[str, Any]]) -> None:
         arguments(configs[0])  # launches what this one needs, such as the table of tiles
         launches.append((kernel, configs, arguments))
 
+    def note_tried(*launch: Any) -> bool:
+        note(*launch[:-1])
+        return True
+
     for module in _LAUNCHERS:
         module.launch = note
+    hopper_moe.try_launch = note_tried
     cuda_moe.facts_of = lambda *_: shape.facts
     try:
         yield launches

@@ -7,16 +7,14 @@ kernels take every call.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from s2o_inductor.kernels.launching import Config, launch
+from s2o_inductor.kernels.launching import Config, try_launch
 from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_first import gather
 from s2o_inductor.kernels.triton_moe_plan import Plan
@@ -31,12 +29,9 @@ try:
 except (ImportError, AttributeError):
     kernels = None  # type: ignore[assignment]
 
-log = logging.getLogger("s2o_inductor")
 _DTYPES = (torch.float16, torch.bfloat16)
 # Rows that an expert has on average from which on the kernel was measured.
 _LEAST_ROWS = 256
-# Kinds of calls that did not compile; they are not tried again.
-_failed: set[tuple[Any, ...]] = set()
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,11 +101,9 @@ def _launch(
     """Launches the kernel with what both products have in common; whether it compiles."""
     assert isinstance(weights.source, TensorDescriptor)
     kind = (plan.order.device, weights.source.base.dtype, spec.activation, named["KEEP"], named["HIDDEN"])
-    if kind in _failed:
-        return False
-    rows = rows_of()
 
     def arguments(_: Config) -> dict[str, Any]:
+        rows = rows_of()
         numbers = formula(spec)
         del numbers["GATE"]
         return {
@@ -121,10 +114,4 @@ def _launch(
             "LAYOUT": weights.layout, "GROUP": tile.group, "STAGES": tile.stages, "BK": tile.depth,
         }  # fmt: skip
 
-    try:
-        launch(kernels.grouped_kernel, [tile], lambda _: tile.programs, arguments)
-    except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
-        log.warning("the Gluon kernel does not compile here, Triton's runs instead: %s", str(error)[:500])
-        _failed.add(kind)
-        return False
-    return True
+    return try_launch(kernels.grouped_kernel, [tile], lambda _: tile.programs, arguments, kind)

@@ -6,15 +6,13 @@ installed Triton lacks it, or has one that no longer compiles them, the Triton k
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import Config, launch
+from s2o_inductor.kernels.launching import Config, try_launch
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 
 try:
@@ -29,11 +27,8 @@ try:
 except (ImportError, AttributeError):
     special = None  # type: ignore[assignment]
 
-log = logging.getLogger("s2o_inductor")
 # What a run of keys must be for the kernels' loads.
 _RUN = 8
-# Kinds of calls that did not compile; they are not tried again.
-_failed: set[tuple[Any, ...]] = set()
 
 
 def attend_configs(
@@ -124,13 +119,7 @@ def attend(
     )  # fmt: skip
     for module, configs_of, arguments_of in ways:
         configs = configs_of(*call)
-        kind = (configs_of.__name__, q.device, q.dtype, widths, tiling.geometry)
-        if not configs or kind in _failed:
-            continue
-        try:
-            launch(module.attend_kernel, configs, lambda _: programs, arguments_of)
+        kind = (q.device, q.dtype, widths, tiling.geometry)
+        if configs and try_launch(module.attend_kernel, configs, lambda _: programs, arguments_of, kind):
             return True
-        except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
-            log.warning("a Gluon kernel does not compile here, the next runs instead: %s", str(error)[:500])
-            _failed.add(kind)
     return False

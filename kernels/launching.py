@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from s2o_inductor.kernels import primitives as p
 from s2o_inductor.kernels.operands import aligned
 
+log = logging.getLogger("s2o_inductor")
 # Integers of a kernel on whose value Triton must not specialise: every new one would compile again.
 UNSPECIALIZED = [
     "queries", "keys", "lower", "upper", "heads", "group", "section", "splits", "limit", "tiles_heads",
@@ -254,6 +256,43 @@ def launch(
         if compiled is not None:
             _compiled[key] = compiled
         return
+
+
+# Kinds of calls of experimental kernels that did not compile; they are not tried again.
+_failed: set[tuple[Any, ...]] = set()
+
+
+def try_launch(
+    kernel: Any, configs: Sequence[Config], grid: Callable[[Config], int],
+    arguments: Callable[[Config], dict[str, Any]], kind: tuple[Any, ...],
+) -> bool:  # fmt: skip
+    """`launch` of a kernel in Gluon, which is experimental, if the installed Triton compiles it; whether it ran.
+
+    Args:
+        kernel: as for `launch`, like the following three.
+        configs: see there.
+        grid: see there.
+        arguments: see there.
+        kind: what compiling depends on. One that failed is not tried again.
+
+    Raises:
+        torch.OutOfMemoryError: no memory is left for an argument.
+        torch.AcceleratorError: the device failed before.
+    """
+    if (id(kernel), *kind) in _failed:
+        return False
+    try:
+        launch(kernel, configs, grid, arguments)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors, which say nothing of the kernel
+        raise
+    except (triton.errors.TritonError, RuntimeError) as error:  # an MLIR pass that fails raises the latter
+        text = str(error)[:500]
+        log.warning(
+            "Gluon's %s of %s does not compile here, the next runs: %s", kernel.__name__, kernel.__module__, text
+        )
+        _failed.add((id(kernel), *kind))
+        return False
+    return True
 
 
 def _kind(name: str, value: Any) -> Any:

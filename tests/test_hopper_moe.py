@@ -16,8 +16,9 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import compile_moe
+import triton
 
-from s2o_inductor.kernels import cuda_moe, hopper_moe
+from s2o_inductor.kernels import cuda_moe, hopper_moe, launching
 from s2o_inductor.kernels.triton_moe_addresses import Addresses
 from s2o_inductor.moe_spec import ExpertSpec
 
@@ -75,6 +76,40 @@ def test_operands_left_to_triton() -> None:
         ([z, z], [w1, w1], None, 1),
     ):
         assert not hopper_moe.second(a, w, bias, plan, torch.zeros(parts, 4, 96), tile)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("PassManager::run failed"), triton.errors.TritonError("no such layout")]
+)
+def test_what_does_not_compile_is_left_to_triton_and_not_tried_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = failing_launch(error, monkeypatch)
+    assert not launching.try_launch(*tried) and not launching.try_launch(*tried)
+    assert len(tried[1]) == 1 and str(error) in caplog.text
+    assert not launching.try_launch(*tried[:4], ("another", "kind"))
+    assert len(tried[1]) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("256 GiB"), torch.AcceleratorError("illegal access")])
+def test_what_is_no_fault_of_the_kernel_is_an_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = failing_launch(error, monkeypatch)
+    for _ in range(2):  # what was freed since may do
+        with pytest.raises(type(error)):
+            launching.try_launch(*tried)
+    assert len(tried[1]) == 2
+
+
+def failing_launch(error: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any], Any, Any, Any]:
+    """Arguments of `try_launch`, of which the second counts how often a kernel was launched, and failed."""
+
+    def launch(_: Any, configs: list[Any], *__: Any) -> None:
+        configs.append(None)
+        raise error
+
+    monkeypatch.setattr(launching, "launch", launch)
+    monkeypatch.setattr(launching, "_failed", set())
+    return failing_launch, [], None, None, ("a", "kind")
 
 
 def compiled(spec: ExpertSpec, training: bool) -> list[dict[str, Any]]:
