@@ -337,7 +337,7 @@ def facts_of(experts: Operands, z: Tensor, ids: Tensor) -> Facts:
     if z.dtype not in DTYPES:
         raise NotImplementedError(
             f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
-            "as it is (options={'disable': ['moe']}, or s2o_inductor.restore(model) after prepare)"
+            "as it is (option 'exclude' with its path, or s2o_inductor.restore(model) after prepare)"
         )
     return Facts(z.dtype, ids.numel(), experts.w2.shape[0], *_device(z.device))
 

@@ -181,7 +181,7 @@ def kernels_of(device: torch.device, site: str = "") -> ModuleType:
     if device.type not in _KERNELS:
         raise NotImplementedError(
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
-            "(options={'disable': ['moe']})"
+            "(option 'exclude' with its path)"
         )
     from s2o_inductor.kernels import moe_cpu
 
