@@ -76,13 +76,13 @@ class Router:
         name: of the op's site.
         products: aten.mm or aten.addmm in float32, with both factors as they were.
         selections: aten.topk over more than one column, with its columns and k.
-        only: aten.topk over one column, with a node of as many rows and at least one column.
+        only: aten.topk over one column, with a node of as many rows and at least one column; None is what it reads.
     """
 
     name: str
     products: tuple[tuple[fx.Node, Unwidened, Unwidened], ...]
     selections: tuple[tuple[fx.Node, Selection], ...]
-    only: tuple[tuple[fx.Node, fx.Node], ...]
+    only: tuple[tuple[fx.Node, fx.Node | None], ...]
 
     def describe(self) -> list[str]:
         """What changes, for the report."""
@@ -184,19 +184,18 @@ def _selection(node: fx.Node) -> Selection | None:
     return Selection(int(x.shape[-1]), int(k)) if taken else None  # type: ignore[arg-type]
 
 
-def _as_many(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
+def _as_many(node: fx.Node, nodes: list[fx.Node]) -> fx.Node | None:
     """The first node before a top-k with as many rows as it reads: a router's scores, where these are (T, E)."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    shape = _value(source).shape[:-1]
+    shape = _value(node.args[0]).shape[:-1]
     for other in nodes[: nodes.index(node)]:
         value = other.meta.get("val")
-        if not isinstance(value, Tensor) or value.dim() != len(shape) + 1:
+        # What reads another top-k may be gone when this one is rewritten.
+        if other.target is operator.getitem or not isinstance(value, Tensor) or value.dim() != len(shape) + 1:
             continue
         rows, columns = value.shape[:-1], value.shape[-1]
         if isinstance(columns, int) and columns > 0 and all(map(same, map(size_of, rows), map(size_of, shape))):
             return other
-    return source
+    return None
 
 
 def _value(node: Any) -> Tensor:

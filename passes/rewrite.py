@@ -355,8 +355,9 @@ def use_top_k(node: fx.Node, k: int) -> None:
     node.meta.pop("eager_input_vals", None)
 
 
-def use_only_column(graph: fx.Graph, node: fx.Node, scores: fx.Node) -> None:
-    """Gives readers of an aten.topk over one column that column, and zeros shaped like a column of `scores`."""
+def use_only_column(graph: fx.Graph, node: fx.Node, scores: fx.Node | None) -> None:
+    """Gives readers of an aten.topk over one column that column, and zeros, as many as `scores`, if given, has rows."""
+    scores = scores or node.all_input_nodes[0]
     for reader in list(node.users):
         result = node.all_input_nodes[0]
         if reader.args[1] == 1:
