@@ -283,6 +283,21 @@ class Reshaping(moe_idioms.EveryExpert):
         return out.view_as(x)
 
 
+class Scaled(moe_idioms.EveryExpert):
+    """Holds a tensor that is no buffer, as code that is written for one device does."""
+
+    scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1]) * self.scale
+        ids, p = self.route(flat)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            out[token] += p[token, slot, None] * expert(flat[token])
+        return out.view_as(x)
+
+
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device like CUDA: no operator in float64, and the first failure there is the last thing that happens."""
@@ -310,6 +325,16 @@ def test_models_on_another_device(name: str, small: bool, elsewhere: None, monke
     assert not other_device.broken
     assert entry.status == "prepared" and entry.verified.endswith("in float64") == small, entry
     torch.testing.assert_close(first(model(x)).to("cpu"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_that_is_no_buffer(elsewhere: None) -> None:
+    model = other_device.put_there(Scaled())
+    model.scale = (torch.rand(24) + 0.5).to(other_device.DEVICE)
+    x = torch.randn(2, 4, 24).to(other_device.DEVICE)
+    expected = model(x).to("cpu")
+    (entry,) = s2o_inductor.prepare(model).entries
+    assert entry.status == "prepared" and not other_device.broken, entry
+    torch.testing.assert_close(model(x).to("cpu"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_models_in_float64_on_a_device_without_such_operators(elsewhere: None) -> None:

@@ -7,6 +7,7 @@ modules too large to copy in float64 are compared with themselves in their own d
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -60,7 +61,9 @@ def on_cpu(module: nn.Module, dtype: torch.dtype | None = None, stacked: tuple[i
     def kept(x: Tensor) -> Tensor:
         return x[: x.shape[0] * few // many] if stacked and x.dim() > 1 else x
 
-    memo: dict[int, Any] = {id(x): copied(x) for x in module.buffers()}
+    # Tensors that are attributes and no buffers lie on the device as well.
+    others = (x for one in module.modules() for x in vars(one).values() if isinstance(x, Tensor))
+    memo: dict[int, Any] = {id(x): copied(x) for x in itertools.chain(module.buffers(), others)}
     memo |= {id(x): nn.Parameter(copied(kept(x.detach())), x.requires_grad) for x in module.parameters()}
     found = copy.deepcopy(module, memo)
     for one in found.modules() if stacked else ():
