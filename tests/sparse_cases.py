@@ -85,13 +85,13 @@ class SparseProblem:
             aligned(q), aligned(self.k), scale, self._tiling(), padding, self.group_table()
         )  # fmt: skip
 
-    def order(self) -> tuple[Tensor, Tensor]:
-        """Page table and counts of all tiles, as `forward` makes them."""
+    def order(self, ranking: Ranking | None = None) -> tuple[Tensor, Tensor]:
+        """Page table and counts of all tiles, as `forward` makes them; `ranking` if it is there already."""
         from s2o_inductor.kernels import triton_sparse_order
         from s2o_inductor.kernels.operands import aligned
 
         density, tiling = fractions.Fraction(self.max_density).limit_denominator(1 << 20), self._tiling()
-        order = triton_sparse_order.order(self.ranking(), aligned(self.k), tiling, density, 0, tiling.count)
+        order = triton_sparse_order.order(ranking or self.ranking(), aligned(self.k), tiling, density, 0, tiling.count)
         return order.table.cpu(), order.listed.cpu()
 
     def _tiling(self) -> Tiling:
@@ -99,12 +99,12 @@ class SparseProblem:
 
         return Tiling(self.q.shape[2], self.k.shape[2], self.causal, self.window, self.geometry)
 
-    def representatives(self) -> Tensor:
+    def representatives(self, ranking: Ranking) -> Tensor:
         """The kernels' mean queries, float32 (B, Hkv, tiles, heads, sub_means, D); heads beyond a group are zero."""
         from s2o_inductor.kernels.operands import positive_scale
 
         _, scale, sign = positive_scale(self.q, self.factor)
-        means = self.ranking().means.cpu().float() * (sign / (scale * math.log2(math.e)))
+        means = ranking.means.cpu().float() * (sign / (scale * math.log2(math.e)))
         return means.unflatten(2, (-1, self.geometry.sub_means)).unflatten(0, self.k.shape[:2])
 
     @property
@@ -137,11 +137,12 @@ class SparseProblem:
     def check(self, **options: Any) -> Sparse:
         """Asserts that result, statistics and stops are right for the order that was chosen, and the order itself."""
         result = self.run(**options)
-        table, listed = self.order()
-        self.check_order(table, listed)
+        ranking = self.ranking()
+        table, listed = self.order(ranking)
+        self.check_order(table, listed, ranking)
         return self.check_replay(result, table, listed)
 
-    def check_order(self, table: Tensor, listed: Tensor) -> None:
+    def check_order(self, table: Tensor, listed: Tensor, ranking: Ranking) -> None:
         """Each run once, none that is hidden, as many as the density allows, and by falling score up to a bin.
 
         Scores are those of the kernels' representatives: a query between two means may join either, but they must
@@ -149,7 +150,7 @@ class SparseProblem:
         """
         group, run = self.q.shape[1] // self.k.shape[1], self.geometry.run
         q, k = self.q.cpu().float(), self.k.cpu().float()
-        representatives = self.representatives()
+        representatives = self.representatives(ranking)
         for b in range(k.shape[0]):
             for head in range(k.shape[1]):
                 groups = self._groups(b, head, torch.float32)

@@ -133,7 +133,7 @@ def check_representatives(**fields: Any) -> None:
         q.copy_(of_kind[kind] + q / 8)
         expected.append(torch.stack([q[0, :, kind == i].double().mean(dim=1) for i in range(len(parts))], dim=1))
         torch.testing.assert_close(representatives(q[0].double(), case.geometry), expected[-1])
-    actual, eps = case.representatives(), torch.finfo(case.q.dtype).eps
+    actual, eps = case.representatives(case.ranking()), torch.finfo(case.q.dtype).eps
     for t, means in enumerate(expected):
         found = actual[0, :, t, :group, : means.shape[1]].flatten(0, 1)
         torch.testing.assert_close(found.double(), means, rtol=2 * eps, atol=2 * eps)
@@ -259,6 +259,8 @@ def test_products_of_scores_take_whole_tiles_and_little_memory(dtype: torch.dtyp
     from s2o_inductor.kernels import triton_sparse_order as ordering
     from s2o_inductor.kernels.launching import block_width
 
+    for tile in (16, 32, 64, 128):
+        assert all(tile % config.rows == 0 for config in ordering.representatives_configs(dtype, tile))
     for make, width in itertools.product((ordering.masses_configs, ordering.scores_configs), (16, 64, 128, 192, 256)):
         most = 64 if dtype == torch.float32 and width > 128 else 128
         for means in (1 << n for n in range(most.bit_length())):
