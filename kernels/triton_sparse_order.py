@@ -72,7 +72,7 @@ class Ranking:
         means: (B * Hkv, tiles, MEANS, D), of the type of q, times scale * log2(e): products with keys are scores in
             base 2.
         shift: float32 (B * Hkv, tiles, MEANS).
-        k: (B, Hkv, whole blocks, D), keys as the scores read them: those of the call, or a copy in float8.
+        k: (B, Hkv, .., D), the keys of whole blocks as the scores read them: those of the call, or rounded to float8.
         arguments: what all kernels take.
     """
 
@@ -161,11 +161,11 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     rows = batch * kv_heads
     float8 = in_float8(k)
     means = torch.empty((rows, tiling.count, means_count, width), dtype=q.dtype, device=q.device)
-    rounded = torch.empty_like(means, dtype=torch.float8_e4m3fn) if float8 else None
+    rounded = torch.empty_like(means, dtype=_float8()) if float8 else None
     shift = torch.empty((rows, tiling.count, means_count), dtype=torch.float32, device=q.device)
     shared = {
-        "means_ptr": means, "rounded_means_ptr": rounded, "FLOAT8": float8, "shift_ptr": shift, "heads": heads, "group": group, "tiles": tiling.count,
-        "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
+        "means_ptr": means, "rounded_means_ptr": rounded, "FLOAT8": float8, "shift_ptr": shift,
+        "heads": heads, "group": group, "tiles": tiling.count, "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
         "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "blocks": tiling.keys // tiling.geometry.block,
         **tiling.arguments(), **padding.arguments(), **groups.arguments(),
@@ -182,11 +182,16 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     return Ranking(means, shift, _rounded_keys(k, tiling.geometry, shared) if float8 else k, shared)
 
 
+def _float8() -> torch.dtype:
+    """Of the copies: Triton's interpreter, which loses carries where it rounds to float8, shows the rest in float16."""
+    return torch.float16 if triton.knobs.runtime.interpret else torch.float8_e4m3fn
+
+
 def _rounded_keys(k: Tensor, geometry: Geometry, shared: dict[str, Any]) -> Tensor:
     """Keys k (B, Hkv, S, D) of whole blocks, at least one, as `rounded_keys_kernel` rounds them."""
     blocks = k.shape[2] // geometry.block
     size = (*k.shape[:2], max(blocks, 1) * geometry.block, k.shape[3])
-    rounded = torch.empty(size, dtype=torch.float8_e4m3fn, device=k.device)
+    rounded = torch.empty(size, dtype=_float8(), device=k.device)
     if blocks:
         launch(
             scoring.rounded_keys_kernel, [Config(min(64, geometry.block), 0, 4, 1)],

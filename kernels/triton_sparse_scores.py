@@ -24,17 +24,17 @@ from s2o_inductor.kernels.triton_sparse_tiles import gather_rows, load_allowed, 
 
 # Groups of the blocks that one program scores.
 SPAN_GROUPS = tl.constexpr(32)
-# Keys in float8 are divided by this and representatives in float8 multiplied, both powers of two apart: queries and
-# keys of a standard deviation around 1 and the usual scale then both lie a factor of 30 above e4m3's least normal
-# number and one of 500 below its largest.
+# Keys in float8 are divided by this and representatives multiplied: those of queries and keys of a standard deviation
+# around 1, with the usual scale, then both lie near 1/2, 30 times e4m3's least normal number and a thousandth of its
+# largest. A larger one counts as that.
 KEY_UNIT = tl.constexpr(4.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def representatives_kernel(
-    q_ptr, q_steps, means_ptr, rounded_means_ptr, heads, group, queries, keys, first_tile, tiles, scale, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr, ROUNDS: tl.constexpr,
-    FLOAT8: tl.constexpr, BM: tl.constexpr,
+    q_ptr, q_steps, means_ptr, rounded_means_ptr, heads, group, queries, keys, first_tile, tiles, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
+    ROUNDS: tl.constexpr, FLOAT8: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Mean queries of one query head and tile: rows [member * SUB, (member + 1) * SUB) of means (.., MEANS, D).
 
@@ -82,7 +82,7 @@ def representatives_kernel(
     keep = (centre < SUB)[:, None] & (column < D)[None, :]
     tl.store(means_ptr + to, mean.to(means_ptr.dtype.element_ty), mask=keep)
     if FLOAT8:
-        tl.store(rounded_means_ptr + to, (mean * KEY_UNIT).to(tl.float8e4nv), mask=keep)
+        tl.store(rounded_means_ptr + to, (mean * KEY_UNIT).to(rounded_means_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -104,7 +104,7 @@ def rounded_keys_kernel(
         k = gather_rows(k_ptr, k_steps, kv_bh // kv_heads, kv_bh % kv_heads, at, at >= 0, False, D, BLOCK_D)
         k = (k.to(tl.float32) - centre[None, :]) / KEY_UNIT
         to = rounded_k_ptr + (kv_bh.to(tl.int64) * blocks * UNIT + at)[:, None] * D + column[None, :]
-        tl.store(to, k.to(tl.float8e4nv), mask=(at >= 0)[:, None] & (column < D)[None, :])
+        tl.store(to, k.to(rounded_k_ptr.dtype.element_ty), mask=(at >= 0)[:, None] & (column < D)[None, :])
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _group_scores(
     means, squares, kv_bh, number, there, groups, mean_k_ptr, variance_ptr, limit, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores of one key of each group, (BM, groups): its mean's, and with what its spread adds, to second order."""
+    """Base-2 scores (BM, groups) of a key of each group: its mean's; with what its spread adds, to second order."""
     steps = (groups.to(tl.int64) * D, 0, D)
     k = gather_rows(mean_k_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
     variance = gather_rows(variance_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
