@@ -165,8 +165,8 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     shift = torch.empty((rows, tiling.count, means_count), dtype=torch.float32, device=q.device)
     shared = {
         "means_ptr": means, "rounded_means_ptr": rounded, "FLOAT8": float8, "shift_ptr": shift,
-        "heads": heads, "group": group, "tiles": tiling.count, "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
-        "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
+        "heads": heads, "group": group, "tiles": tiling.count, "scale": scale, "limit": tiling.geometry.limit,
+        "D": width, "BLOCK_D": block_width(width), "SUB": sub, "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "blocks": tiling.keys // tiling.geometry.block,
         **tiling.arguments(), **padding.arguments(), **groups.arguments(),
     }  # fmt: skip

@@ -252,7 +252,7 @@ def scores_kernel(
     term = tl.arange(0, TERMS * BLOCKS)[None, :]
     if FLOAT8:
         of_centres = tl.sum(of_means.reshape(BM, BLOCKS, CLUSTERS), 2) / CLUSTERS
-        of_centres = tl.where(of_centres == of_centres, of_centres, 0.0)  # keys of such a block are NaN themselves
+        # A maximum drops NaN, which times 0 would reach the keys of other blocks; those of its own are NaN themselves.
         of_centres = tl.maximum(of_centres - shift[:, None], LEAST_SCORE)
         of_centres = of_centres[:, None, :].broadcast_to(BM, TERMS, BLOCKS).reshape(BM, TERMS * BLOCKS)
         origins = _term(of_centres, term // BLOCKS).to(TYPE)

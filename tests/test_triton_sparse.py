@@ -211,6 +211,15 @@ def check_documents() -> None:
         assert torch.equal(first[:, :, :-rows], getattr(whole, name)[:, :, :-rows]), name
 
 
+def check_poisoned_blocks() -> None:
+    """NaN in keys behind the prefix of a tile, which the programs that rank it pass by, does not change its order."""
+    case = sparse_problem(lengths=(640, 640), widths=(64, 16), max_density=0.4)
+    changed = dataclasses.replace(case, k=case.k.clone())
+    changed.k[:, :, 512:] = float("nan")
+    clean, other = case.order()[0], changed.order()[0]
+    assert (clean[:, :, 3] >= 0).any() and torch.equal(clean[:, :, :4], other[:, :, :4])
+
+
 def check_other_documents() -> None:
     """Keys of the document before change no row, and their NaN none of a tile without a row of it."""
     ids = (torch.arange(512) >= 200).long()[None]
@@ -237,6 +246,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "prefill in chunks": check_chunks,
     "rounded keys, tiles in ranges": lambda: check_ranges(widths=(64, 16)),
     "rounded keys, prefill in chunks": lambda: check_chunks(widths=(64, 16), offset=20.0),
+    "rounded keys, NaN in later blocks": check_poisoned_blocks,
     "keys that could be rounded": lambda: check_exact_products(widths=(64, 16), max_density=0.4, lengths=(60, 420)),
     "no look into the future": check_future,
     "documents by themselves": check_documents,
