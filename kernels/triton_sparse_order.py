@@ -3,16 +3,17 @@
 `kernels/reference_sparse.py` says what is scored and how. A sort of every prefix would cost more than the attention
 that it saves, so runs of keys are only told apart by bins, eight to a factor of two of their score: bins in falling
 order, positions rising inside one. That is enough: any order inside a bundle is as good as another, and scores in a
-bin differ by an eighth at most. Six kernels, none of which waits for the host; the first three are in
+bin differ by an eighth at most. Seven kernels, none of which waits for the host; the first four are in
 `triton_sparse_scores.py`, the others in `triton_sparse_table.py`:
 
+    rounded keys      in float8, where the device multiplies such numbers faster (`in_float8`)
     representatives   mean queries of clusters of each tile, for all query heads of a key/value head
     masses            log-sum-exp of each representative's scores over the groups of its prefix
     scores            how far keys are from their group, mean over representatives and runs, as bins; reads all keys
     histogram         runs in each bin, per segment of the prefix
     offsets, place    a counting sort by bin: where each bin of each segment starts, then the page table
 
-Everything but the first two works on a range of tiles whose tables fit the workspace.
+Everything but the first three works on a range of tiles whose tables fit the workspace.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from s2o_inductor.kernels.triton_sparse_table import BINS, SEGMENT
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling, steps_of
 from s2o_inductor.sparse_policy import Geometry
 
+# Whether keys may be ranked by products of float8 numbers; attention to what is read does not depend on it.
+FLOAT8 = True
 # Least and most runs that one program sorts at a time.
 _LEAST_SORTED, _SORTED = 64, 1024
 # Exact products hold all of their operands in shared memory: wide heads leave room for few representatives.
@@ -71,12 +74,29 @@ class Ranking:
         means: (B * Hkv, tiles, MEANS, D), of the type of q, times scale * log2(e): products with keys are scores in
             base 2.
         shift: float32 (B * Hkv, tiles, MEANS).
+        k: (B, Hkv, .., D), the keys of whole blocks as the scores read them: those of the call, or rounded to float8.
         arguments: what all kernels take.
     """
 
     means: Tensor
     shift: Tensor
+    k: Tensor
     arguments: dict[str, Any]
+
+
+def in_float8(k: Tensor) -> bool:
+    """Whether keys k (B, Hkv, S, D) are ranked by products of float8 numbers (e4m3).
+
+    Hopper and later multiply these at twice the rate of half precision, in tiles that rows of 64 channels or more fill.
+    """
+    if not FLOAT8 or k.dtype == torch.float32 or k.shape[3] not in (64, 128, 256):
+        return False
+    return not k.is_cuda or torch.cuda.get_device_capability(k.device) >= (9, 0)  # the interpreter takes all
+
+
+def float8_bytes(k: Tensor) -> int:
+    """Bytes of workspace that the keys k (B, Hkv, S, D) take a second time; 0 unless `in_float8`."""
+    return k.numel() if in_float8(k) else 0
 
 
 def representatives_configs(dtype: torch.dtype, tile: int) -> list[Config]:
@@ -141,12 +161,14 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
     group = heads // kv_heads
     means_count = triton.next_power_of_2(group * sub)
     rows = batch * kv_heads
+    float8 = in_float8(k)
     means = torch.empty((rows, tiling.count, means_count, width), dtype=q.dtype, device=q.device)
+    rounded = torch.empty_like(means, dtype=_float8()) if float8 else None
     shift = torch.empty((rows, tiling.count, means_count), dtype=torch.float32, device=q.device)
     shared = {
-        "means_ptr": means, "shift_ptr": shift, "heads": heads, "group": group, "tiles": tiling.count,
-        "scale": scale, "limit": tiling.geometry.limit, "D": width, "BLOCK_D": block_width(width), "SUB": sub,
-        "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
+        "means_ptr": means, "rounded_means_ptr": rounded, "FLOAT8": float8, "shift_ptr": shift,
+        "heads": heads, "group": group, "tiles": tiling.count, "scale": scale, "limit": tiling.geometry.limit,
+        "D": width, "BLOCK_D": block_width(width), "SUB": sub, "MEANS": means_count, "ROUNDS": tiling.geometry.rounds,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "blocks": tiling.keys // tiling.geometry.block,
         **tiling.arguments(), **padding.arguments(), **groups.arguments(),
     }  # fmt: skip
@@ -159,7 +181,26 @@ def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, g
         lambda config: rows * triton.cdiv(tiling.count, config.rows // means_count),
         lambda config: {**shared, "GROUPED": config.rows // means_count},
     )  # fmt: skip
-    return Ranking(means, shift, shared)
+    return Ranking(means, shift, _rounded_keys(k, tiling.geometry, shared) if float8 else k, shared)
+
+
+def _float8() -> torch.dtype:
+    """Of the copies: Triton's interpreter, which loses carries where it rounds to float8, shows the rest in float16."""
+    return torch.float16 if triton.knobs.runtime.interpret else torch.float8_e4m3fn
+
+
+def _rounded_keys(k: Tensor, geometry: Geometry, shared: dict[str, Any]) -> Tensor:
+    """Keys k (B, Hkv, S, D) of whole blocks, at least one, as `rounded_keys_kernel` rounds them."""
+    blocks = k.shape[2] // geometry.block
+    size = (*k.shape[:2], max(blocks, 1) * geometry.block, k.shape[3])
+    rounded = torch.empty(size, dtype=_float8(), device=k.device)
+    if blocks:
+        launch(
+            scoring.rounded_keys_kernel, [Config(min(64, geometry.block), 0, 4, 1)],
+            lambda _: k.shape[0] * k.shape[1] * blocks,
+            lambda _: {**shared, "k_ptr": k, "k_steps": steps_of(k), "rounded_k_ptr": rounded},
+        )  # fmt: skip
+    return rounded
 
 
 def span_of(tiling: Tiling, tile0: int, count: int) -> tuple[int, int, int]:
@@ -228,7 +269,7 @@ def order(
         scoring.scores_kernel,
         [dataclasses.replace(x, keys=max(geometry.run, min(x.keys, geometry.block))) for x in configs],
         lambda config: batch * kv_heads * triton.cdiv(count, config.rows // means) * spans,
-        lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(k, config.keys)},
+        lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(ranking.k, config.keys)},
     )  # fmt: skip
     launch(sorting.histogram_kernel, [Config(0, 0, 4, 1)], lambda _: rows * segments, lambda _: shared)
     launch(sorting.offsets_kernel, [Config(0, 0, 4, 1)], lambda _: rows, lambda _: shared)

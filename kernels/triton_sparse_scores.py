@@ -1,7 +1,11 @@
 """How far keys are from their groups, in Triton: the products that `triton_sparse_order.py` ranks keys by.
 
 Keys are rows of the products and representatives their columns. Nearly all time goes into `scores_kernel`, and there
-into exponentials and into what surrounds them, so tensor cores do what else they can.
+into products, exponentials and what surrounds them, so tensor cores do what else they can, and products with keys are
+of float8 numbers where the device multiplies them at twice the rate. An order does not ask for more: a product of
+128 channels with two rounded factors each moves by a tenth of a factor of two, and bins are an eighth wide. What all
+keys of a block have in common would make most of that error where projections have a bias, and tells none of them
+apart, so it is taken out of what is rounded and added exactly.
 """
 
 # Device code has no types that mypy knows.
@@ -20,19 +24,24 @@ from s2o_inductor.kernels.triton_sparse_tiles import gather_rows, load_allowed, 
 
 # Groups of the blocks that one program scores.
 SPAN_GROUPS = tl.constexpr(32)
+# Keys in float8 are divided by this and representatives multiplied: those of queries and keys of a standard deviation
+# around 1, with the usual scale, then both lie near 1/2, 30 times e4m3's least normal number and a thousandth of its
+# largest. A larger one counts as that.
+KEY_UNIT = tl.constexpr(4.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def representatives_kernel(
-    q_ptr, q_steps, means_ptr, heads, group, queries, keys, first_tile, tiles, scale, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr, ROUNDS: tl.constexpr,
-    BM: tl.constexpr,
+    q_ptr, q_steps, means_ptr, rounded_means_ptr, heads, group, queries, keys, first_tile, tiles, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, MEANS: tl.constexpr,
+    ROUNDS: tl.constexpr, FLOAT8: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Mean queries of one query head and tile: rows [member * SUB, (member + 1) * SUB) of means (.., MEANS, D).
 
     Of equal parts of its queries, BM of them at a time, and then ROUNDS times of those nearest to each mean; distances
     are from means rounded to the type of the queries. They come times scale * log2(e), so that their products with keys
-    are scores in base 2. A tile of fewer than SUB queries has fewer parts; rows without one are zero.
+    are scores in base 2. A tile of fewer than SUB queries has fewer parts; rows without one are zero. With FLOAT8 they
+    come a second time in float8, times KEY_UNIT.
     """
     CENTRES: tl.constexpr = SUB if SUB > LEAST_ROWS else LEAST_ROWS
     members = MEANS // SUB
@@ -68,9 +77,34 @@ def representatives_kernel(
         means = tl.where((count > 0)[:, None], sums / tl.maximum(count, 1).to(tl.float32)[:, None], means)
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
     column = tl.arange(0, BLOCK_D)
-    to = means_ptr + (row.to(tl.int64) * MEANS + member * SUB + centre)[:, None] * D + column[None, :]
+    to = (row.to(tl.int64) * MEANS + member * SUB + centre)[:, None] * D + column[None, :]
     mean = tl.where((centre < parts)[:, None], means * scale2, 0.0)
-    tl.store(to, mean.to(means_ptr.dtype.element_ty), mask=(centre < SUB)[:, None] & (column < D)[None, :])
+    keep = (centre < SUB)[:, None] & (column < D)[None, :]
+    tl.store(means_ptr + to, mean.to(means_ptr.dtype.element_ty), mask=keep)
+    if FLOAT8:
+        tl.store(rounded_means_ptr + to, (mean * KEY_UNIT).to(rounded_means_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def rounded_keys_kernel(
+    k_ptr, k_steps, mean_k_ptr, rounded_k_ptr, heads, group, blocks, UNIT: tl.constexpr, CLUSTERS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Keys less the centre of their block, the mean of its groups' means, over KEY_UNIT in float8; one block, BM keys
+    at a time. Rows of `rounded_k_ptr` (B, Hkv, blocks * UNIT, D) follow each other."""
+    block = tl.program_id(0) % blocks
+    kv_bh = tl.program_id(0) // blocks
+    kv_heads = heads // group
+    column = tl.arange(0, BLOCK_D)
+    of_block = (kv_bh.to(tl.int64) * blocks + block) * CLUSTERS + tl.arange(0, CLUSTERS)
+    means = tl.load(mean_k_ptr + of_block[:, None] * D + column[None, :], mask=(column < D)[None, :], other=0.0)
+    centre = tl.sum(means.to(tl.float32), 0) / CLUSTERS
+    for first in tl.range(block * UNIT, block * UNIT + UNIT, BM, num_stages=1):
+        at = first + tl.arange(0, BM)
+        k = gather_rows(k_ptr, k_steps, kv_bh // kv_heads, kv_bh % kv_heads, at, at >= 0, False, D, BLOCK_D)
+        k = (k.to(tl.float32) - centre[None, :]) / KEY_UNIT
+        to = rounded_k_ptr + (kv_bh.to(tl.int64) * blocks * UNIT + at)[:, None] * D + column[None, :]
+        tl.store(to, k.to(rounded_k_ptr.dtype.element_ty), mask=(at >= 0)[:, None] & (column < D)[None, :])
 
 
 @triton.jit
@@ -87,12 +121,13 @@ def _group_scores(
     means, squares, kv_bh, number, there, groups, mean_k_ptr, variance_ptr, limit, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores (BM, groups) of one key of each group: its mean's, and what its spread adds, to second order."""
+    """Base-2 scores (BM, groups) of a key of each group: its mean's; with what its spread adds, to second order."""
     steps = (groups.to(tl.int64) * D, 0, D)
     k = gather_rows(mean_k_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
     variance = gather_rows(variance_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
     spread = tl.dot(squares, variance.T, input_precision=PRECISION)
-    return tl.dot(means, k.T, input_precision="ieee") + tl.minimum(spread, limit * LOG2_E)
+    of_means = tl.dot(means, k.T, input_precision="ieee")
+    return of_means, of_means + tl.minimum(spread, limit * LOG2_E)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -128,7 +163,7 @@ def masses_kernel(
     for begin in tl.range(tl.min(tl.where(used, low, groups)), tl.max(tl.where(used, high, 0)), BN):
         number = begin + tl.arange(0, BN)
         size = tl.load(size_ptr + kv_bh.to(tl.int64) * groups + number, mask=number < groups, other=0)
-        scores = _group_scores(
+        _, scores = _group_scores(
             means, squares, kv_bh, number, number < groups, groups, mean_k_ptr, variance_ptr, limit,
             PRECISION, D, BLOCK_D,
         )  # fmt: skip
@@ -169,17 +204,21 @@ def _head(x):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scores_kernel(
-    means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, documents_ptr, bins_ptr, heads,
-    group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups, limit,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    means_ptr, rounded_means_ptr, shift_ptr, k_tiles, mean_k_ptr, variance_ptr, member_ptr, allowed_ptr, documents_ptr,
+    bins_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0, count, base, room, blocks, groups,
+    limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, MEANS: tl.constexpr,
-    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GROUPED: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, FLOAT8: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Bins (rows, room) of the runs of `SPAN_GROUPS` groups' blocks for GROUPED of the tiles [tile0, tile0 + count).
 
     Tensor cores do what they can beside the products: an accumulator begins at minus the shift, and when its
     exponential is taken, minus the share of each key's group is added, as a product of the key's one-hot vector. Sums
     over representatives stay in a thread: keys are rows, representatives columns in the order of `_columns`.
+
+    With FLOAT8, `k_tiles` are `rounded_keys_kernel`'s, and an accumulator begins at what the centre of the block adds,
+    too: the products of its groups' means are needed anyway.
     """
     SPAN: tl.constexpr = UNIT * (SPAN_GROUPS // CLUSTERS)
     spans = tl.cdiv(room * RUN, SPAN)
@@ -201,16 +240,27 @@ def scores_kernel(
     means = _load_means(means_ptr, kv_bh, first + of_column, mean, tiles, MEANS, D, BLOCK_D)
     place = (kv_bh.to(tl.int64) * tiles + first + of_column) * MEANS + mean
     shift = tl.load(shift_ptr + place, mask=first + of_column < tiles, other=float("inf"))
-    number = tl.arange(0, LEAST_ROWS)[None, :]
-    shifts = _term(tl.maximum(-shift, LEAST_SCORE)[:, None], number).to(TYPE)
-    ones = tl.full((BN, LEAST_ROWS), 1.0, TYPE)
     of_span = tl.arange(0, SPAN_GROUPS)
     number = start // UNIT * CLUSTERS + of_span
-    scores = _group_scores(
+    of_means, scores = _group_scores(
         means, _squares(means, variance_ptr), kv_bh, number, number < groups, groups, mean_k_ptr, variance_ptr, limit,
         PRECISION, D, BLOCK_D,
     )  # fmt: skip
     minus_shares = -tl.exp2(scores - shift[:, None])
+    BLOCKS: tl.constexpr = SPAN_GROUPS // CLUSTERS
+    TERMS: tl.constexpr = LEAST_ROWS // BLOCKS if LEAST_ROWS > 2 * BLOCKS else 2
+    term = tl.arange(0, TERMS * BLOCKS)[None, :]
+    if FLOAT8:
+        of_centres = tl.sum(of_means.reshape(BM, BLOCKS, CLUSTERS), 2) / CLUSTERS
+        # A maximum drops NaN, which times 0 would reach the keys of other blocks; those of its own are NaN themselves.
+        of_centres = tl.maximum(of_centres - shift[:, None], LEAST_SCORE)
+        of_centres = of_centres[:, None, :].broadcast_to(BM, TERMS, BLOCKS).reshape(BM, TERMS * BLOCKS)
+        origins = _term(of_centres, term // BLOCKS).to(TYPE)
+        means = _load_means(rounded_means_ptr, kv_bh, first + of_column, mean, tiles, MEANS, D, BLOCK_D)
+    else:
+        term = tl.arange(0, LEAST_ROWS)[None, :]
+        origins = _term(tl.maximum(-shift, LEAST_SCORE)[:, None], term).to(TYPE)
+        ones = tl.full((BN, LEAST_ROWS), 1.0, TYPE)
     NEAR: tl.constexpr = 2 * CLUSTERS if 2 * CLUSTERS > LEAST_ROWS else LEAST_ROWS
     near = tl.arange(0, NEAR)
     part = tl.arange(0, BN)
@@ -228,7 +278,9 @@ def scores_kernel(
         of_key = (near % CLUSTERS)[None, :] == member.to(tl.int32)[:, None]
         member = tl.load(members + tl.minimum(at + BN, end - BN) + part)  # a step ahead, so that nothing waits for it
         k = load_tile(k_tiles, batch, kv_head, at, BN, BLOCK_D)
-        products = tl.dot(ones, shifts.T, input_precision="ieee")
+        if FLOAT8:
+            ones = tl.where(term % BLOCKS == (at - start) // UNIT, 1.0, 0.0).to(TYPE).broadcast_to(BN, TERMS * BLOCKS)
+        products = tl.dot(ones, origins.T, input_precision="ieee")
         apart = tl.exp2(tl.dot(k, means.T, products, input_precision="ieee"))
         apart = tl.dot(tl.where(of_key, 1.0, 0.0).to(TYPE), here.T, apart, input_precision="ieee")
         if KEYS:

@@ -70,21 +70,44 @@ CASES: dict[str, dict[str, Any]] = {
     "fewer queries than means": {"lengths": (3, 400), "max_density": 0.3},
     "negative scale": {"scale": -0.3, "max_density": 0.3, "lengths": (128, 320)},
     "scale zero": {"scale": 0.0, "max_density": 0.3, "lengths": (128, 320)},
+    "rounded keys": {"widths": (64, 16), "max_density": 0.4, "lengths": (140, 420)},
+    "rounded keys far from 0, padding and a window": {
+        "widths": (64, 16), "offset": 20.0, "padded": True, "window": 230, "lengths": (120, 420), "max_density": 0.4,
+    },
+    "rounded keys in blocks of 16": {
+        "widths": (64, 16), "offset": 20.0, "lengths": (70, 170), "max_density": 0.5,
+        "geometry": Geometry(tile=32, sink=16, bundle=64, sub_means=4, run=4, block=16, clusters=8),
+    },
+    "rounded keys in blocks larger than a tile, documents": {
+        "widths": (128, 16), "packed": "in a row", "lengths": (300, 640), "max_density": 0.5,
+        "geometry": Geometry(bundle=64, sink=256, block=256, clusters=16, rounds=2),
+    },
+    "rounded keys of no block": {"widths": (64, 16), "lengths": (5, 40)},
     "more than a segment of keys": {"lengths": (20, 4700), "max_density": 0.05, "heads": (1, 1)},
 }  # fmt: skip
 
 
-def check_ranges() -> None:
+def check_exact_products(**fields: Any) -> None:
+    """The same with keys as they are, where they could be rounded."""
+    from s2o_inductor.kernels import triton_sparse_order
+
+    with mock.patch.object(triton_sparse_order, "FLOAT8", False):
+        case = sparse_problem(**fields)
+        assert case.ranking().k.dtype == case.k.dtype and not case.ranking().arguments["FLOAT8"]
+        case.check()
+
+
+def check_ranges(**fields: Any) -> None:
     """Tiles worked on one at a time give what all at once do, bit for bit: nothing depends on how work is laid out."""
-    case = sparse_problem(max_density=0.4)
+    case = sparse_problem(max_density=0.4, **fields)
     whole, parts = case.run(), case.run(workspace_bytes=1)
     for field in dataclasses.fields(whole):
         assert torch.equal(getattr(whole, field.name), getattr(parts, field.name)), field.name
 
 
-def check_chunks() -> None:
+def check_chunks(**fields: Any) -> None:
     """A prefill in chunks of whole tiles gives what it does at once."""
-    case = sparse_problem(lengths=(320, 320), max_density=0.4)
+    case = sparse_problem(lengths=(320, 320), max_density=0.4, **fields)
     whole = case.run()
     first = dataclasses.replace(case, q=case.q[:, :, :128], k=case.k[:, :, :128], v=case.v[:, :, :128]).run()
     second = dataclasses.replace(case, q=case.q[:, :, 128:]).run()
@@ -193,6 +216,15 @@ def check_documents() -> None:
         assert torch.equal(first[:, :, :-rows], getattr(whole, name)[:, :, :-rows]), name
 
 
+def check_poisoned_blocks() -> None:
+    """NaN in keys behind the prefix of a tile, which the programs that rank it pass by, does not change its order."""
+    case = sparse_problem(lengths=(640, 640), widths=(64, 16), max_density=0.4)
+    changed = dataclasses.replace(case, k=case.k.clone())
+    changed.k[:, :, 512:] = float("nan")
+    clean, other = case.order()[0], changed.order()[0]
+    assert (clean[:, :, 3] >= 0).any() and torch.equal(clean[:, :, :4], other[:, :, :4])
+
+
 def check_other_documents() -> None:
     """Keys of the document before change no row, and their NaN none of a tile without a row of it."""
     ids = (torch.arange(512) >= 200).long()[None]
@@ -217,6 +249,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     **{f"random {seed}": (lambda seed=seed: random_case(seed).check()) for seed in range(4)},
     "tiles in ranges": check_ranges,
     "prefill in chunks": check_chunks,
+    "rounded keys, tiles in ranges": lambda: check_ranges(widths=(64, 16)),
+    "rounded keys, prefill in chunks": lambda: check_chunks(widths=(64, 16), offset=20.0),
+    "rounded keys, NaN in later blocks": check_poisoned_blocks,
+    "keys that could be rounded": lambda: check_exact_products(widths=(64, 16), max_density=0.4, lengths=(60, 420)),
     "no look into the future": check_future,
     "documents by themselves": check_documents,
     "no look into other documents": check_other_documents,
@@ -275,6 +311,28 @@ def test_products_of_scores_take_whole_tiles_and_little_memory(dtype: torch.dtyp
             # Representatives, their squares and the means and variances of 32 groups, or of BN.
             numbers = 2 * (last.rows + max(32, last.keys)) * block_width(width)
             assert numbers * dtype.itemsize <= 232_448 - 32 * 1024, (make.__name__, width, means, last)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "rounded"),
+    [
+        ((9, 0), torch.bfloat16, 128, True), ((10, 0), torch.float16, 64, True), ((8, 9), torch.bfloat16, 128, False),
+        ((8, 0), torch.float16, 256, False), ((9, 0), torch.float32, 128, False), ((9, 0), torch.bfloat16, 192, False),
+    ],
+)  # fmt: skip
+def test_keys_are_rounded_where_that_is_faster(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import triton_sparse_order as ordering
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        k = torch.empty(2, 3, 600, width, dtype=dtype, device="cuda")
+        assert ordering.in_float8(k) == rounded
+        assert ordering.float8_bytes(k) == (2 * 3 * 600 * width if rounded else 0)
+        monkeypatch.setattr(ordering, "FLOAT8", False)
+        assert not ordering.in_float8(k)
 
 
 def problem_with(**fields: Any) -> SparseProblem:

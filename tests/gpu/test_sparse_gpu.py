@@ -33,6 +33,21 @@ def test_default_geometry_at_4096(budget: float) -> None:
     ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("float8", [True, False])
+def test_keys_far_from_zero(width: int, float8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all keys have in common ranks none of them, and is not what float8 products are rounded by."""
+    from s2o_inductor.kernels import triton_sparse_order
+
+    monkeypatch.setattr(triton_sparse_order, "FLOAT8", float8)
+    case = sparse_problem(
+        1, (4, 1), (700, 2900), (width, 64), torch.bfloat16, offset=20.0, device="cuda", max_density=0.3
+    )  # fmt: skip
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert case.ranking().k.dtype == (torch.float8_e4m3fn if float8 else torch.bfloat16)
+    case.check()
+
+
 def test_beyond_two_to_the_31_elements() -> None:
     """The last tiles of 600,000 tokens in a fused QKV projection: offsets of keys pass 2^31 elements."""
     length = 600_000
