@@ -64,11 +64,6 @@ class _Call:
         """Columns that are stored at once: what all of them need at once does not fit the registers."""
         return self.width // 4
 
-    @property
-    def full(self):
-        """Whether a part lies wholly inside of the result, or wholly beyond its edge."""
-        return self.out % self.part == 0
-
 
 @gluon.constexpr_function
 def _call(*fields):
@@ -189,16 +184,14 @@ def _product(rings, barriers, slot, phase, WHICH: gl.constexpr, CALL: gl.constex
 
 
 @gluon.jit
-def _put(x, out_ptr, step, row, inside, column, COLUMNS: gl.constexpr, FULL: gl.constexpr):
-    """Stores x (ROWS, n) from `column` on in rows `row`, where they are `inside`; unless FULL, only below COLUMNS."""
+def _put(x, out_ptr, step, row, inside, column):
+    """Stores x (ROWS, n) from `column` on in rows `row`, where they are `inside`."""
     STORED: gl.constexpr = _stored(x.shape[1])
     x = gl.convert_layout(x.to(out_ptr.dtype.element_ty), STORED)
     # Whatever the number of columns, a thread has the same rows.
     row = gl.convert_layout(row, gl.SliceLayout(1, STORED), assert_trivial=True)
     keep = gl.expand_dims(gl.convert_layout(inside, gl.SliceLayout(1, STORED), assert_trivial=True), 1)
     index = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, STORED))
-    if not FULL:
-        keep = keep & gl.expand_dims(index < COLUMNS, 0)
     place = out_ptr + gl.expand_dims(row.to(gl.int64) * step, 1) + gl.expand_dims(index, 0)
     gl.store(place, x, mask=keep)
 
@@ -214,11 +207,11 @@ def _finish(acc, block, row, inside, results, CALL: gl.constexpr):
         if column < CALL.out:
             x = parts[i]
             if CALL.keep:
-                _put(x, pre_ptr, CALL.out, row, inside, column, CALL.out, CALL.full)
+                _put(x, pre_ptr, CALL.out, row, inside, column)
             if CALL.hidden:
                 x = plain_hidden(x, numbers, CALL.activation, CALL.limited)
             if CALL.hidden or not CALL.keep:
-                _put(x, out_ptr, out_step, row, inside, column, CALL.out, CALL.full)
+                _put(x, out_ptr, out_step, row, inside, column)
 
 
 @gluon.jit
@@ -263,6 +256,7 @@ def grouped_kernel(
     either the product does; by row of the plan, or to the places of their choices with BY_CHOICE.
     """
     gl.static_assert(BM == GROUPS * ROWS)
+    gl.static_assert(OUT % (BN // 4) == 0)  # a part is inside of the result, or beyond its edge
     CALL: gl.constexpr = _call(
         DEPTH, OUT, LAYOUT, ACTIVATION, LIMITED, KEEP, HIDDEN, BY_CHOICE, GROUP, STAGES, BK, BN
     )  # fmt: skip

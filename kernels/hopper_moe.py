@@ -82,7 +82,9 @@ def second(
 
 
 def _weights(w: Matrices, tile: Tile) -> Weights | None:
-    """w in tiles of the copy engine; None if that cannot read it."""
+    """w in tiles of the copy engine; None if that cannot read it, or w is of a size that the kernel does not take."""
+    if w.shape[1] % (tile.keys // 4) or w.shape[2] % tile.depth:
+        return None
     weights = Weights.of(w, tile.keys, tile.depth)
     return weights if weights.layout in (OUT_IN.value, IN_OUT.value) else None
 
