@@ -120,6 +120,54 @@ def _step(
     return acc * gl.expand_dims(decay, 1), following, peak, total, run, later
 
 
+@gluon.jit
+def _tile_of(
+    table_ptr, listed_ptr, budgets_ptr, heads, group, queries, keys, window, sink, first_tile, tile0, count, places,
+    section, TILE: gl.constexpr, UNIT: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """The tile of this program.
+
+    Returns:
+        (tile, batch and head as one, batch, query head, key/value head), (first position, the one after its last),
+        its stream of key tiles (page table, first own key, own tiles, tiles before those that the table lists, tiles),
+        how many keys are (sinks, ranked, listed), and the budget of the head.
+    """
+    of_range, bh = schedule(count, section, True)
+    tile = tile0 + of_range
+    batch = bh // heads
+    head = bh % heads
+    kv_head = head // group
+    start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, True, False)
+    ranked = high - low
+    row = ((batch * (heads // group) + kv_head) * count + of_range).to(gl.int64)
+    budget = gl.load(budgets_ptr + head)
+    exact = budget < 0.0
+    listed = gl.where(exact, ranked, gl.load(listed_ptr + row) * RUN)
+    # The stream: own keys, sink, order. An exact head's sink goes on to the end of its prefix.
+    own = gl.where(ranked > 0, high, 0)
+    sunk = gl.where(ranked > 0, low, 0)
+    own_tiles = gl.cdiv(end - own, BN)
+    sink_end = own_tiles + sunk // BN
+    last = sink_end + listed // BN
+    stream = (table_ptr + row * places, own, own_tiles, gl.where(exact, last, sink_end), last)
+    return (tile, bh, batch, head, kv_head), (start, end), stream, (sunk, ranked, listed), budget
+
+
+@gluon.jit
+def _report(pointers, at, positions, tiles, ranked, read, bundles, left):
+    """Stores the statistics of a tile: `left` is the mean share that its rows are estimated to leave."""
+    bundles_ptr, tail_ptr, pairs_ptr, visible_ptr = pointers
+    tile, bh, _, _, _ = at
+    start, end = positions
+    place = bh.to(gl.int64) * tiles + tile
+    rows = (end - start).to(gl.int64)
+    dense = rows * (start + 1 + end) // 2 - ranked * rows
+    gl.store(bundles_ptr + place, bundles.to(gl.int64))
+    gl.store(tail_ptr + place, left)
+    gl.store(pairs_ptr + place, dense + read * rows)
+    gl.store(visible_ptr + place, dense + ranked * rows)
+
+
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def attend_kernel(
     q_ptr, q_steps, k_ptr, k_steps, v_ptr, v_steps, out_ptr, lse_ptr, table_ptr, listed_ptr, budgets_ptr, bundles_ptr,
@@ -146,25 +194,15 @@ def attend_kernel(
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], TYPE)
 
     scale2 = gl.cast(scale, gl.float32) * LOG2_E
-    of_range, bh = schedule(count, section, True)
-    tile = tile0 + of_range
-    batch = bh // heads
-    head = bh % heads
-    kv_head = head // group
-    start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, True, False)
-    ranked = high - low
-    row = ((batch * (heads // group) + kv_head) * count + of_range).to(gl.int64)
-    budget = gl.load(budgets_ptr + head)
-    exact = budget < 0.0
-    listed = gl.where(exact, ranked, gl.load(listed_ptr + row) * RUN)
-
-    # The stream: own keys, sink, order. An exact head's sink goes on to the end of its prefix.
-    own = gl.where(ranked > 0, high, 0)
-    sunk = gl.where(ranked > 0, low, 0)
-    own_tiles = gl.cdiv(end - own, BN)
-    sink_end = own_tiles + sunk // BN
-    last = sink_end + listed // BN
-    stream = (table_ptr + row * places, own, own_tiles, gl.where(exact, last, sink_end), last, keys)
+    where, positions, stream, sizes, budget = _tile_of(
+        table_ptr, listed_ptr, budgets_ptr, heads, group, queries, keys, window, sink, first_tile, tile0, count, places,
+        section, TILE, UNIT, BN,
+    )  # fmt: skip
+    tile, _, batch, head, kv_head = where
+    start, end = positions
+    sunk, ranked, listed = sizes
+    _, own, own_tiles, _, _ = stream
+    stream = stream + (keys,)  # noqa: RUF005 - Triton's tuple
 
     begin = (first_tile + tile) * TILE
     position = begin + gl.arange(0, TILE, layout=gl.SliceLayout(1, SCORES))
@@ -251,10 +289,6 @@ def attend_kernel(
     place = ((batch.to(gl.int64) * queries + query) * heads + head) * D
     gl.store(out_ptr + gl.expand_dims(place, 1) + column, acc.to(TYPE), mask=gl.expand_dims(there, 1))
 
-    place = bh.to(gl.int64) * tiles + tile
-    rows = (end - start).to(gl.int64)
-    dense = rows * (start + 1 + end) // 2 - ranked * rows
-    gl.store(bundles_ptr + place, bundles.to(gl.int64))
-    gl.store(tail_ptr + place, gl.sum(left, 0) / gl.maximum(seen, 1).to(gl.float32))
-    gl.store(pairs_ptr + place, dense + read * rows)
-    gl.store(visible_ptr + place, dense + ranked * rows)
+    pointers = (bundles_ptr, tail_ptr, pairs_ptr, visible_ptr)
+    share = gl.sum(left, 0) / gl.maximum(seen, 1).to(gl.float32)
+    _report(pointers, where, positions, tiles, ranked, read, bundles, share)

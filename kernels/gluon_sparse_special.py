@@ -25,10 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide
+from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide, _report, _tile_of
 from s2o_inductor.kernels.launching import UNSPECIALIZED
-from s2o_inductor.kernels.primitives import LN_2, LOG2_E, schedule
-from s2o_inductor.kernels.triton_sparse_tiles import tile_keys
+from s2o_inductor.kernels.primitives import LN_2, LOG2_E
 
 # Bulk loads, and memory seen otherwise, have one name in Triton 3.6 and another in 3.9.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -324,25 +323,13 @@ def attend_kernel(
     SPLIT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)  # see `_matrix`
 
     scale2 = gl.cast(scale, gl.float32) * LOG2_E
-    of_range, bh = schedule(count, section, True)
-    tile = tile0 + of_range
-    batch = bh // heads
-    head = bh % heads
-    kv_head = head // group
-    start, end, low, high = tile_keys(first_tile + tile, queries, keys, window, sink, TILE, UNIT, True, False)
-    ranked = high - low
-    row = ((batch * (heads // group) + kv_head) * count + of_range).to(gl.int64)
-    budget = gl.load(budgets_ptr + head)
-    exact = budget < 0.0
-    listed = gl.where(exact, ranked, gl.load(listed_ptr + row) * RUN)
-
-    # The stream: own keys, sink, order. An exact head's sink goes on to the end of its prefix.
-    own = gl.where(ranked > 0, high, 0)
-    sunk = gl.where(ranked > 0, low, 0)
-    own_tiles = gl.cdiv(end - own, BN)
-    sink_end = own_tiles + sunk // BN
-    last = sink_end + listed // BN
-    stream = (table_ptr + row * places, own, own_tiles, gl.where(exact, last, sink_end), last)
+    at, positions, stream, counts, budget = _tile_of(
+        table_ptr, listed_ptr, budgets_ptr, heads, group, queries, keys, window, sink, first_tile, tile0, count, places,
+        section, TILE, UNIT, BN,
+    )  # fmt: skip
+    tile, _, batch, head, kv_head = at
+    start, end = positions
+    _, ranked, _ = counts
 
     q_halves = gl.allocate_shared_memory(TYPE, [2, TILE // 2, D], SHARED)
     k_pieces = gl.allocate_shared_memory(TYPE, [AHEAD * COUNT, 1, 1, D // PIECE, RUN, PIECE], k_desc.layout)
@@ -373,7 +360,7 @@ def attend_kernel(
     begin = (first_tile + tile) * TILE
     call = (
         (q_ptr, out_ptr, lse_ptr), q_steps, (heads, queries, keys), (batch, head, begin, start, end), stream,
-        (sunk, ranked, listed), budget, scale2,
+        counts, budget, scale2,
     )  # fmt: skip
     memory = (q_halves, rings, (k_full, k_empty, v_full, v_empty), (votes, voted, flag), sums)
     bundles, read = gl.warp_specialize(
@@ -389,10 +376,5 @@ def attend_kernel(
 
     left = gl.max(sums.index(0).load(ONE), 0) + gl.max(sums.index(2).load(ONE), 0)
     seen = gl.max(sums.index(1).load(ONE), 0) + gl.max(sums.index(3).load(ONE), 0)
-    place = bh.to(gl.int64) * tiles + tile
-    rows = (end - start).to(gl.int64)
-    dense = rows * (start + 1 + end) // 2 - ranked * rows
-    gl.store(bundles_ptr + place, bundles.to(gl.int64))
-    gl.store(tail_ptr + place, left / gl.maximum(seen, 1.0))
-    gl.store(pairs_ptr + place, dense + read * rows)
-    gl.store(visible_ptr + place, dense + ranked * rows)
+    pointers = (bundles_ptr, tail_ptr, pairs_ptr, visible_ptr)
+    _report(pointers, at, positions, tiles, ranked, read, bundles, left / gl.maximum(seen, 1.0))

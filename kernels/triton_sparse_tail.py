@@ -99,15 +99,16 @@ def _load_unread(of_unread, span, number, high):
 
 @triton.jit
 def _stand_in(
-    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, high, groups, scale2, most,
+    q, squares, of_unread, span, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, high, groups, most,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """What stands in for the groups at `number` (BN,) below `high`.
 
     Returns:
-        base-2 scores of one key of each, what its `shrunk` spread adds to them at most `most` and -inf where no key is
-        `left`: products of q and mean keys, to be scaled by `scale2`, and what is to be added to that; and mean values.
+        how many keys each counts for; base-2 scores of one key of each, in two parts: products of q and mean keys, to
+        be scaled, and what the spread adds, at most `most`, -inf where no key is left; and mean values.
     """
+    left, shrunk = _load_unread(of_unread, span, number, high)
     there = number < high
     steps = (groups.to(tl.int64) * D, 0, D)
     variance = gather_rows(variance_ptr, steps, kv_bh, kv_bh * 0, number, there, True, D, BLOCK_D)
@@ -118,7 +119,7 @@ def _stand_in(
     spread = tl.minimum(spread * shrunk[None, :], tl.where(left > 0.0, most, float("-inf"))[None, :])
     steps = (groups.to(tl.int64) * DV, 0, DV)
     v = gather_rows(mean_v_ptr, steps, kv_bh, kv_bh * 0, number, there, True, DV, BLOCK_DV)
-    return products, spread, v
+    return left, products, spread, v
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -169,11 +170,9 @@ def tail_kernel(
         of_unread = unread_ptr + (bh.to(tl.int64) * count + of_range) * 2 * span - base // UNIT * CLUSTERS
         of_step = tl.arange(0, BN)
         for group0 in tl.range(first_group, end_group, BN):
-            number = group0 + of_step
-            left, shrunk = _load_unread(of_unread, span, number, end_group)
-            products, spread, v = _stand_in(
-                q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, end_group, groups,
-                scale2, most, D, DV, BLOCK_D, BLOCK_DV,
+            left, products, spread, v = _stand_in(
+                q, squares, of_unread, span, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, group0 + of_step, end_group,
+                groups, most, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             # Times what is left, not plus its logarithm, which would be more instructions than all else here.
             weights = tl.exp2(products * scale2 + (spread - origin[:, None])) * left[None, :]
@@ -187,11 +186,9 @@ def tail_kernel(
             total = before
             # More stages would cost the first loop registers.
             for group0 in tl.range(first_group, end_group, BN, num_stages=1):
-                number = group0 + of_step
-                left, shrunk = _load_unread(of_unread, span, number, end_group)
-                products, spread, v = _stand_in(
-                    q, squares, left, shrunk, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, number, end_group, groups,
-                    scale2, most, D, DV, BLOCK_D, BLOCK_DV,
+                left, products, spread, v = _stand_in(
+                    q, squares, of_unread, span, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, group0 + of_step,
+                    end_group, groups, most, D, DV, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
                 scores = products * scale2 + spread + tl.log2(tl.maximum(left, 1e-6))[None, :]
                 acc, peak, total = update((acc, peak, total), scores, v, 1.0)
