@@ -53,29 +53,40 @@ def test_left_to_triton(fields: dict[str, Any]) -> None:
     assert facts(**fields).hopper is None
 
 
-def test_operands_left_to_triton() -> None:
-    """Nothing is launched for them: there is no plan."""
-    z, w1 = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, 96, 64, dtype=torch.bfloat16)
+def test_operands_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each differs in one thing from operands that are taken; a launch is only counted."""
+    z, w1 = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, 128, 64, dtype=torch.bfloat16)
     tile, nothing = facts().hopper, torch.zeros(0)
     plan: Any = None
+    monkeypatch.setattr(hopper_moe, "_launch", lambda *_: True)
 
-    def first(spec: ExpertSpec, *weights: Tensor | Addresses) -> bool:
-        return hopper_moe.first(spec, weights, None, z, plan, nothing, None, nothing, tile)
+    def first(spec: ExpertSpec, *weights: Tensor | Addresses, bias: Tensor | None = None) -> bool:
+        return hopper_moe.first(spec, weights, bias, z, plan, nothing, None, nothing[None], tile)
+
+    def sized(*shape: int) -> Tensor:
+        return torch.zeros(2, *shape, dtype=torch.bfloat16)
 
     table = Addresses(torch.zeros(2, dtype=torch.int64), w1[0])
-    assert not first(ExpertSpec("relu2"), table)
-    assert not first(ExpertSpec("relu2"), w1[:, :, ::2])
-    assert not first(ExpertSpec("relu2"), torch.zeros(2, 96, 63, dtype=torch.bfloat16))
+    for taken in (w1, sized(64, 128).mT, sized(192, 320)):
+        assert first(ExpertSpec("relu2"), taken)
+    for left in (table, sized(128, 128)[:, :, ::2], sized(96, 64), sized(128, 96), sized(128, 68)[:, :, :64]):
+        assert not first(ExpertSpec("relu2"), left)
+    assert not first(ExpertSpec("relu2"), w1, bias=nothing)
     assert not first(ExpertSpec("relu2", score="hidden"), w1)
     assert not first(ExpertSpec("silu", "separate"), w1, w1)
     assert not first(ExpertSpec("silu", "half"), w1)
-    for a, w, bias, parts in (
+
+    def second(a: list[Tensor], w: list[Any], bias: Tensor | None, parts: int) -> bool:
+        return hopper_moe.second(a, w, bias, plan, torch.zeros(parts, 4, 128), tile)
+
+    assert second([z], [w1], None, 1)
+    for operands in (
         ([z], [table], None, 1),
         ([z], [w1], None, 2),
         ([z], [w1], z, 1),
         ([z, z], [w1, w1], None, 1),
     ):
-        assert not hopper_moe.second(a, w, bias, plan, torch.zeros(parts, 4, 96), tile)
+        assert not second(*operands)
 
 
 @pytest.mark.parametrize(
