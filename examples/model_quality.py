@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from s2o_inductor.sparse_policy import GEOMETRIES, Geometry, geometry_of
+from s2o_inductor.kernels import sparse
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
 
 _FILES = ("config.json", "model.safetensors", "heldout.npy", "tokenizer.json")
 _CHUNK = 2048  # positions whose logits are held at once
@@ -149,7 +150,7 @@ def s2o(
         from s2o_inductor.kernels import cpu_sparse as kernels  # type: ignore[no-redef]
     read = kernels.forward(
         q, k, v, scale=q.shape[3] ** -0.5, budgets=(budget,), causal=True, window=None, keys=None, max_density=1.0,
-        geometry=geometry or geometry_of(q.device.type, q.shape[1] // k.shape[1]),
+        geometry=geometry or sparse.geometry_for(q, k),
     )  # fmt: skip
     return read.output, int(read.pairs.sum()), int(read.visible.sum())
 

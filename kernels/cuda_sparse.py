@@ -27,7 +27,7 @@ from s2o_inductor.kernels.reference_sparse import Sparse
 from s2o_inductor.kernels.triton_sparse_groups import GroupTable, group_keys
 from s2o_inductor.kernels.triton_sparse_order import Order
 from s2o_inductor.kernels.triton_sparse_tiles import UNLISTED, Padding, Tiling, steps_of
-from s2o_inductor.sparse_policy import GEOMETRIES, MOST_MEANS, Geometry
+from s2o_inductor.sparse_policy import GEOMETRIES, Geometry, most_means
 
 # Tables and scratch of the tiles that are worked on at a time; a single row of tiles may need more.
 WORKSPACE_BYTES = 512 << 20
@@ -73,12 +73,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
     widest, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
     if widest > _WIDTH:
         return f"heads are wider than {_WIDTH}: {widest}"
-    if group * geometry.sub_means > MOST_MEANS:
-        return f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS}"
-    if q.dtype == torch.float32 and q.shape[3] > _WIDTH // 2 and group * geometry.sub_means > MOST_MEANS // 2:
+    if group * geometry.sub_means > (most := most_means(q.dtype == torch.float32, q.shape[3])):
         return (
-            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {MOST_MEANS // 2} "
-            f"for float32 heads wider than {_WIDTH // 2}"
+            f"{group} query heads of a key/value head times {geometry.sub_means} sub-means are over {most} for "
+            f"{q.dtype} heads of {q.shape[3]}"
         )
     try:
         Tiling(q.shape[2], k.shape[2], True, None, geometry)

@@ -18,7 +18,7 @@ from torch import Tensor
 from s2o_inductor.kernels import cpu_sparse, dense, reference
 from s2o_inductor.kernels import mask as masks
 from s2o_inductor.kernels.mask import HIDDEN_KEY
-from s2o_inductor.sparse_policy import Geometry, SparsePolicy, geometry_of
+from s2o_inductor.sparse_policy import Geometry, SparsePolicy, geometry_of, most_means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Trial:
 def why_dense(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, policy: SparsePolicy) -> str | None:
     """Why a call must be computed exactly, or None when it may be approximated; reads sizes alone."""
     queries, keys = q.shape[2], k.shape[2]
-    geometry = geometry_of(q.device.type, q.shape[1] // k.shape[1])
+    geometry = geometry_for(q, k)
     if geometry is None:
         return f"no sparse kernel for {q.device.type!r} in this version"
     if all(budget == 0.0 for budget in policy.budgets) and not policy.candidates:
@@ -103,6 +103,12 @@ def forward(
     if policy.audit:
         statistics = dataclasses.replace(statistics, error=_audit(call, q, k, v, output, policy.audit))
     return output, lse, f"{q.device.type}-s2o", statistics
+
+
+def geometry_for(q: Tensor, k: Tensor) -> Geometry | None:
+    """The sizes for operands like these; None where there is no kernel."""
+    most = most_means(q.dtype == torch.float32, q.shape[3])
+    return geometry_of(q.device.type, q.shape[1] // k.shape[1], most)
 
 
 def _why_not_cuda(call: dense.Call, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> str | None:
@@ -152,7 +158,7 @@ def _sparse(
 ) -> tuple[Tensor, Tensor, Statistics]:
     end = _end(call, q.shape[2], k.shape[2])
     window = None if call.lower is None or call.upper is None else call.upper - call.lower + 1
-    geometry = geometry_of(q.device.type, q.shape[1] // k.shape[1])
+    geometry = geometry_for(q, k)
     assert geometry is not None  # `why_dense` has seen to that
     result = _kernel(q.device.type)(
         q, k[:, :, :end], v[:, :, :end], scale=call.scale, budgets=budgets, causal=call.upper is not None,

@@ -74,21 +74,26 @@ class Geometry:
 # Where they would be 512, they are ranked like any key: every tile finds them, and reads less for the same error.
 GEOMETRIES = {"cpu": Geometry(), "cuda": Geometry(sink=0, block=512, clusters=8)}
 
-# Mean queries of all query heads of a key/value head that the CUDA kernels take: columns of one product.
-MOST_MEANS = 128
+
+def most_means(float32: bool, width: int) -> int:
+    """Mean queries of all query heads of a key/value head that the CUDA kernels take: columns of one product.
+
+    Wide heads in float32 leave room for half as many.
+    """
+    return 64 if float32 and width > 128 else 128
 
 
 @functools.lru_cache(maxsize=64)
-def geometry_of(device: str, group: int) -> Geometry | None:
+def geometry_of(device: str, group: int, most: int) -> Geometry | None:
     """Sizes for `group` query heads of a key/value head on a device type, None where there is no kernel.
 
-    On CUDA many heads have fewer mean queries each, so that they fit into one product.
+    On CUDA many heads have fewer mean queries each, so that they are at most `most` together: see `most_means`.
     """
     found = GEOMETRIES.get(device)
     if found is None or device != "cuda":
         return found
     sub_means = found.sub_means
-    while sub_means > 1 and sub_means * group > MOST_MEANS:
+    while sub_means > 1 and sub_means * group > most:
         sub_means //= 2
     return dataclasses.replace(found, sub_means=sub_means)
 

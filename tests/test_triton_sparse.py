@@ -357,7 +357,7 @@ def problem_with(**fields: Any) -> SparseProblem:
         ({"v": torch.zeros(1, 1, 30, 300, dtype=torch.float16)}, "wider than 256: 300"),
         ({"q": torch.zeros(1, 65, 20, 16, dtype=torch.float16)}, "65 query heads of a key/value head"),
         ({"q": torch.zeros(1, 12, 20, 192), "k": torch.zeros(1, 1, 30, 192), "v": torch.zeros(1, 1, 30, 16)},
-         "12 query heads of a key/value head times 8 sub-means are over 64 for float32 heads wider than 128"),
+         "12 query heads of a key/value head times 8 sub-means are over 64 for torch.float32 heads of"),
         ({"geometry": Geometry(clusters=3)}, "power of two up to 16, or 0; got 3"),
         ({"geometry": Geometry(clusters=0)}, "clusters must be at least 1 here; got 0"),
         ({"geometry": Geometry(block=1024, sink=0)}, "from 16 to 512 keys; got 8 and 1024"),
@@ -370,16 +370,20 @@ def test_bad_arguments_say_what_is_wrong(fields: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    ("heads", "width", "route", "reason"),
+    ("heads", "width", "dtype", "route", "reason"),
     [
-        (8, 64, "triton", None),
-        (130, 64, "triton", None),  # 65 of each key/value head, with one mean query each
-        (260, 64, "triton", "130 query heads of a key/value head"),
-        (8, 264, "triton", "wider than 256: 264"),
-        (8, 64, "math", "no Triton kernel"),
+        (8, 64, torch.float16, "triton", None),
+        (130, 64, torch.float16, "triton", None),  # 65 of each key/value head, with one mean query each
+        (260, 64, torch.float16, "triton", "130 query heads of a key/value head"),
+        (128, 256, torch.float32, "triton", None),
+        (130, 256, torch.float32, "triton", "65 query heads of a key/value head times 1 sub-means are over 64"),
+        (8, 264, torch.float16, "triton", "wider than 256: 264"),
+        (8, 64, torch.float16, "math", "no Triton kernel"),
     ],
 )
-def test_what_the_kernels_do_not_take_stays_dense(heads: int, width: int, route: str, reason: str | None) -> None:
+def test_what_the_kernels_do_not_take_stays_dense(
+    heads: int, width: int, dtype: torch.dtype, route: str, reason: str | None
+) -> None:
     pytest.importorskip("triton")
     from s2o_inductor.kernels import cuda_sparse, dense, sparse
 
@@ -389,7 +393,7 @@ def test_what_the_kernels_do_not_take_stays_dense(heads: int, width: int, route:
     )  # fmt: skip
     call = dataclasses.replace(call, route=route)
     with FakeTensorMode():
-        q, k, v = (torch.empty(1, n, 600, width, dtype=torch.float16, device="cuda") for n in (heads, 2, 2))
+        q, k, v = (torch.empty(1, n, 600, width, dtype=dtype, device="cuda") for n in (heads, 2, 2))
         why = sparse.why_dense(call, q, k, v, SparsePolicy((0.5,)))
     assert why is None if reason is None else why is not None and reason in why
     assert sparse._kernel("cuda") is cuda_sparse.forward
