@@ -180,8 +180,9 @@ def _selection(node: fx.Node) -> Selection | None:
     x, k = _value(node.args[0]), node.args[1]
     last = x.dim() > 0 and argument(node, 2, "dim", default=-1) in (-1, x.dim() - 1)
     largest = argument(node, 3, "largest", default=True)
-    taken = last and largest is True and isinstance(k, int) and is_selected(x, k)
-    return Selection(int(x.shape[-1]), int(k)) if taken else None  # type: ignore[arg-type]
+    if not last or largest is not True or not isinstance(k, int) or not is_selected(x, k):
+        return None
+    return Selection(int(x.shape[-1]), k)
 
 
 def _as_many(node: fx.Node, nodes: list[fx.Node]) -> fx.Node | None:
