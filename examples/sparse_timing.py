@@ -93,8 +93,7 @@ def stage_times(q: Tensor, k: Tensor, v: Tensor, density: fractions.Fraction, ge
     scale = WIDTH**-0.5
     groups = group_keys(k, v, Padding(), geometry)
     ranking = ordering.rank(q, k, scale, tiling, Padding(), groups)
-    left = cuda_sparse.WORKSPACE_BYTES - ordering.float8_bytes(k)
-    ranges = cuda_sparse.ranges(tiling, density, k.shape[1], q.shape[1] // k.shape[1], left)
+    ranges = cuda_sparse.ranges(tiling, density, k.shape[1], q.shape[1] // k.shape[1], cuda_sparse.WORKSPACE_BYTES)
 
     def order() -> None:
         for tile0, count in ranges:

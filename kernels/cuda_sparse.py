@@ -212,8 +212,9 @@ def forward(
             sees keys of an equal number alone. None is one document.
         max_density: largest share of a prefix that a tile reads, rounded up to a bundle.
         geometry: sizes; see `triton_sparse_tiles.Tiling` for those that the kernels take.
-        workspace_bytes: tiles are worked on in ranges whose tables, with a copy of the keys in float8 where they are
-            ranked in it, take no more than this, one tile at least.
+        workspace_bytes: tiles are worked on in ranges whose tables take no more than this, one tile at least. What is
+            made once for all tiles is not among these: groups, mean queries, and where keys are ranked in float8 a copy
+            of them, half as large as they are.
 
     Returns:
         `Sparse`: output (B, Hq, Sq, Dv) in memory of (B, Sq, Hq, Dv), lse float32, bundles int64 and tail float32
@@ -237,8 +238,7 @@ def forward(
         assert call.groups is not None
         ranking = ordering.rank(call.q, call.k, call.scale, tiling, call.padding, call.groups)
         heads, group = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
-        left = workspace_bytes - ordering.float8_bytes(k)
-        for tile0, count in ranges(tiling, density, heads, group, left):
+        for tile0, count in ranges(tiling, density, heads, group, workspace_bytes):
             call.run(ordering.order(ranking, call.k, tiling, density, tile0, count), False, None, None)
         return call.result()
 

@@ -94,11 +94,6 @@ def in_float8(k: Tensor) -> bool:
     return not k.is_cuda or torch.cuda.get_device_capability(k.device) >= (9, 0)  # the interpreter takes all
 
 
-def float8_bytes(k: Tensor) -> int:
-    """Bytes of workspace that the keys k (B, Hkv, S, D) take a second time; 0 unless `in_float8`."""
-    return k.numel() if in_float8(k) else 0
-
-
 def representatives_configs(dtype: torch.dtype, tile: int) -> list[Config]:
     """Ways to run the kernel of representatives, fastest first: queries of a tile at a time, which divide it.
 

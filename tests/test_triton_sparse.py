@@ -330,7 +330,6 @@ def test_keys_are_rounded_where_that_is_faster(
     with FakeTensorMode():
         k = torch.empty(2, 3, 600, width, dtype=dtype, device="cuda")
         assert ordering.in_float8(k) == rounded
-        assert ordering.float8_bytes(k) == (2 * 3 * 600 * width if rounded else 0)
         monkeypatch.setattr(ordering, "FLOAT8", False)
         assert not ordering.in_float8(k)
 
