@@ -83,7 +83,8 @@ def second(
 
 def _weights(w: Matrices, tile: Tile) -> Weights | None:
     """w in tiles of the copy engine; None if that cannot read it, or w is of a size that the kernel does not take."""
-    if w.shape[1] % (tile.keys // 4) or w.shape[2] % tile.depth:
+    # A tile wider than the product is wasted on it, and Triton 3.6 cannot compile a part of one that is never stored.
+    if w.shape[1] < tile.keys or w.shape[1] % (tile.keys // 4) or w.shape[2] % tile.depth:
         return None
     weights = Weights.of(w, tile.keys, tile.depth)
     return weights if weights.layout in (OUT_IN.value, IN_OUT.value) else None

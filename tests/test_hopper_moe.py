@@ -55,7 +55,7 @@ def test_left_to_triton(fields: dict[str, Any]) -> None:
 
 def test_operands_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each differs in one thing from operands that are taken; a launch is only counted."""
-    z, w1 = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, 128, 64, dtype=torch.bfloat16)
+    z, w1 = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, 256, 64, dtype=torch.bfloat16)
     tile, nothing = facts().hopper, torch.zeros(0)
     plan: Any = None
     monkeypatch.setattr(hopper_moe, "_launch", lambda *_: True)
@@ -67,9 +67,11 @@ def test_operands_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.zeros(2, *shape, dtype=torch.bfloat16)
 
     table = Addresses(torch.zeros(2, dtype=torch.int64), w1[0])
-    for taken in (w1, sized(64, 128).mT, sized(192, 320)):
+    for taken in (w1, sized(64, 256).mT, sized(320, 192)):
         assert first(ExpertSpec("relu2"), taken)
-    for left in (table, sized(128, 128)[:, :, ::2], sized(96, 64), sized(128, 96), sized(128, 68)[:, :, :64]):
+    for left in (
+        table, sized(256, 128)[:, :, ::2], sized(288, 64), sized(192, 64), sized(256, 96), sized(256, 68)[:, :, :64],
+    ):  # fmt: skip
         assert not first(ExpertSpec("relu2"), left)
     assert not first(ExpertSpec("relu2"), w1, bias=nothing)
     assert not first(ExpertSpec("relu2", score="hidden"), w1)
@@ -77,7 +79,7 @@ def test_operands_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not first(ExpertSpec("silu", "half"), w1)
 
     def second(a: list[Tensor], w: list[Any], bias: Tensor | None, parts: int) -> bool:
-        return hopper_moe.second(a, w, bias, plan, torch.zeros(parts, 4, 128), tile)
+        return hopper_moe.second(a, w, bias, plan, torch.zeros(parts, 4, 256), tile)
 
     assert second([z], [w1], None, 1)
     for operands in (

@@ -90,7 +90,7 @@ def test_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, original = [], hopper_moe._launch
     monkeypatch.setattr(hopper_moe, "_launch", lambda *args: taken.append(original(*args)) or taken[-1])
     check(sized(name, 1200, 4, 8, 512, 768, "random"))
-    check(sized(name, 1100, 2, 8, 320, 192, "one_expert"))
+    check(sized(name, 1100, 2, 8, 320, 448, "one_expert"))
     assert len(taken) >= 2 and all(taken)
     launches = len(taken)
     check(sized(name, 1100, 2, 8, 200, 136, "one_expert"))
