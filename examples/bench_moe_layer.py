@@ -11,10 +11,12 @@ and Qwen3-30B-A3B's (width 2048, 128 experts of 768, 8 per token), bfloat16, ran
     compiled ..  "grouped_mm" and "batched_mm" under torch.compile
     s2o          "grouped_mm" under `torch.compile(backend="s2o", options={"experts": True})`
 
-Up to 64 tokens everything compiled runs with CUDA graphs (mode="reduce-overhead"). Times are medians of calls that
-follow one another, in microseconds, so the host's time counts where it is longer. "err" is the error of the first 64
-tokens against float64, rms over rms. The floor counts the layer's multiplications at 790 TFLOP/s or its weights, those
-of experts that were hit alone, at copy speed. Graphs are compiled side by side in processes that fill Inductor's cache.
+Up to 64 tokens everything compiled runs with CUDA graphs (mode="reduce-overhead"). A time there is that of replaying a
+call's graph; "called" is with what Inductor's host side does around it, once for all layers that are compiled together.
+Other times are medians of calls that follow one another, in microseconds, so the host's time counts where it is
+longer. "err" is the error of the first 64 tokens against float64, rms over rms. The floor counts the layer's
+multiplications at 790 TFLOP/s or its weights, those of experts that were hit alone, at copy speed. Graphs are compiled
+side by side in processes that fill Inductor's cache.
 """
 
 from __future__ import annotations
@@ -123,6 +125,22 @@ def run_of(layer: nn.Module, way: str, tokens: int, training: bool) -> Callable[
     return stepping(layer, call, x) if training else lambda: call(x)
 
 
+def graphs_of(run: Callable[[], Any]) -> list[torch.cuda.CUDAGraph]:
+    """The CUDA graphs that a call replays."""
+    found, replay = [], torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        found.append(graph)
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = noted  # type: ignore[method-assign]
+    try:
+        run()
+    finally:
+        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+    return found
+
+
 def fill_cache(name: str, way: str, tokens: int, training: bool) -> float:
     """Compiles a layer in a process of its own; seconds."""
     start = time.time()
@@ -213,7 +231,12 @@ def bench(name: str, lengths: list[int], training: bool, speed: float, out_of_ti
                     y = None if trained else run().clone()
                     row[way] = measure(run, 60.0)
                     row[f"{way} MB"] = peak_bytes(run) / 1e6
+                    if graphs := graphs_of(run):
+                        row[f"{way} called"] = row[way]
+                        row[way] = measure(lambda graphs=graphs: [graph.replay() for graph in graphs], 60.0)
                 say(f"  {way} {row[way]:.4g} ({row[way] / floor:.2f} floors, {row[f'{way} MB']:.4g} MB")
+                if graphs:
+                    say(f", called {row[f'{way} called']:.4g}")
                 if y is not None:
                     known = min(tokens, gold.shape[0])
                     off = y.flatten(0, 1)[:known].double() - gold[:known]
@@ -227,7 +250,7 @@ def bench(name: str, lengths: list[int], training: bool, speed: float, out_of_ti
             except FAILURES as error:
                 row[way] = math.nan
                 print(f"\n  {way}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            run = y = None  # type: ignore[assignment]
+            run = y = graphs = None  # type: ignore[assignment]
             torch.cuda.empty_cache()
         rows.append(row)
         say("\n")
