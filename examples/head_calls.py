@@ -35,7 +35,7 @@ FLOOR = 1e-6  # relative squared error of rounding an output to bfloat16; nobody
 NEVER = 1e-30  # a budget that is never kept, though it is not 0, which reads everything
 _SCORES = 1 << 28  # most scores that are held at once
 BUDGETS = (0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-DENSITIES = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+DENSITIES = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 BOTH = tuple((budget, density) for budget in (0.5, 0.7) for density in (0.1, 0.2, 0.3))
 SHARES, ALPHAS = (0.8, 0.9, 0.95), (0.05, 0.1, 0.2)  # of selections by cumulative shares, and of FlashPrefill
 
