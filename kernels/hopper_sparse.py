@@ -1,7 +1,7 @@
-"""When attention through a page table runs in one of the Gluon kernels for Hopper, and in which sizes.
+"""When attention through a page table, and scores, run in Gluon kernels for Hopper, and in which sizes.
 
-The one with warps that only load comes first, then the one in which all load. Gluon is experimental: where the
-installed Triton lacks it, or has one that no longer compiles them, the Triton kernel takes every call.
+Of attention, the one with warps that only load comes first, then the one in which all load. Gluon is experimental:
+where the installed Triton lacks it, or has one that no longer compiles them, the Triton kernels take every call.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ try:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from s2o_inductor.kernels import gluon_sparse_scores as scoring
     from s2o_inductor.kernels import gluon_sparse_special as special
 except (ImportError, AttributeError):
-    special = None  # type: ignore[assignment]
+    special = scoring = None  # type: ignore[assignment]
 
 # What a run of keys must be for the kernels' loads.
 _RUN = 8
@@ -123,3 +124,63 @@ def attend(
         if configs and try_launch(module.attend_kernel, configs, lambda _: programs, arguments_of, kind):
             return True
     return False
+
+
+def rows_of(x: Tensor, rows: int) -> Any:
+    """x (.., D), contiguous, of one-byte numbers, in tiles of `rows` rows."""
+    x = x.view(-1, x.shape[-1])
+    layout = NVMMASharedLayout(swizzle_byte_width=x.shape[1], element_bitwidth=8, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, x.shape[1]], layout)
+
+
+def scores_configs(
+    capability: tuple[int, int], k: Tensor, means: int, clusters: int, tiling: Tiling, padded: bool
+) -> list[Config]:
+    """Ways to run the kernel of scores, like `attend_configs`; fastest first on an H100.
+
+    Args:
+        capability: of the device, major and minor.
+        k: (B, Hkv, .., D), the keys as the scores read them.
+        means: representatives of a tile.
+        clusters: groups of a block.
+        tiling: of the call.
+        padded: whether keys are padded, or documents packed.
+    """
+    geometry = tiling.geometry
+    if (
+        scoring is None
+        or capability != (9, 0)
+        or k.dtype != torch.float8_e4m3fn
+        or k.shape[3] not in (64, 128)
+        or means > 128
+        or clusters != scoring.CLUSTERS.value
+        or geometry.run != _RUN
+        or geometry.block % 64
+        or padded
+        or k.numel() // k.shape[3] >= 1 << 31
+    ):
+        return []
+    return [Config(128, 64, 4, 2, registers=128)]
+
+
+def score(k: Tensor, tiling: Tiling, programs: Callable[[Config], int], named: dict[str, Any]) -> bool:
+    """Launches the kernel of scores if it takes the call and compiles; whether it does.
+
+    Args:
+        k: as in `scores_configs`.
+        tiling: of the call.
+        programs: how many programs of a config.
+        named: the arguments of the Triton kernel, by name, but those that depend on the config.
+    """
+    if not k.is_cuda:
+        return False
+    means, padded = named["MEANS"], named["KEYS"] or named["PACKED"]
+    capability = torch.cuda.get_device_capability(k.device)
+    configs = scores_configs(capability, k, means, named["CLUSTERS"], tiling, padded)
+
+    def arguments(config: Config) -> dict[str, Any]:
+        k_tiles = rows_of(k, config.keys)
+        return {**named, "GROUPED": config.rows // means, "STAGES": config.stages, "k_tiles": k_tiles}
+
+    kind = (k.device, k.shape[3], means, tiling.geometry, tiling.causal, tiling.window is None)
+    return bool(configs) and try_launch(scoring.scores_kernel, configs, programs, arguments, kind)

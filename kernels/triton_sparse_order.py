@@ -4,7 +4,8 @@
 that it saves, so runs of keys are only told apart by bins, eight to a factor of two of their score: bins in falling
 order, positions rising inside one. That is enough: any order inside a bundle is as good as another, and scores in a
 bin differ by an eighth at most. Seven kernels, none of which waits for the host; the first four are in
-`triton_sparse_scores.py`, the others in `triton_sparse_table.py`:
+`triton_sparse_scores.py`, that of scores for Hopper in `gluon_sparse_scores.py`, too, the others in
+`triton_sparse_table.py`:
 
     rounded keys      in float8, where the device multiplies such numbers faster (`in_float8`)
     representatives   mean queries of clusters of each tile, for all query heads of a key/value head
@@ -27,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
+from s2o_inductor.kernels import hopper_sparse
 from s2o_inductor.kernels import triton_sparse_scores as scoring
 from s2o_inductor.kernels import triton_sparse_table as sorting
 from s2o_inductor.kernels.launching import Config, block_width, launch, tiles_of
@@ -103,7 +105,7 @@ def representatives_configs(dtype: torch.dtype, tile: int) -> list[Config]:
     """
     if dtype == torch.float32:
         return [Config(min(32, tile), 0, 8, 1), Config(16, 0, 4, 1)]
-    return [Config(min(64, tile), 0, 4, 1), Config(16, 0, 4, 1)]
+    return [Config(tile, 0, 4, 1), Config(min(64, tile), 0, 4, 1), Config(16, 0, 4, 1)]
 
 
 def masses_configs(dtype: torch.dtype, width: int, means: int) -> list[Config]:
@@ -259,13 +261,17 @@ def order(
     }  # fmt: skip
     means = ranking.arguments["MEANS"]
     spans = triton.cdiv(room * geometry.run, geometry.block * (scoring.SPAN_GROUPS.value // geometry.clusters))
-    configs = scores_configs(k.dtype, k.shape[3], means)
-    launch(
-        scoring.scores_kernel,
-        [dataclasses.replace(x, keys=max(geometry.run, min(x.keys, geometry.block))) for x in configs],
-        lambda config: batch * kv_heads * triton.cdiv(count, config.rows // means) * spans,
-        lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(ranking.k, config.keys)},
-    )  # fmt: skip
+
+    def programs(config: Config) -> int:
+        return int(batch * kv_heads * triton.cdiv(count, config.rows // means) * spans)
+
+    if not hopper_sparse.score(ranking.k, tiling, programs, shared):
+        configs = scores_configs(k.dtype, k.shape[3], means)
+        launch(
+            scoring.scores_kernel,
+            [dataclasses.replace(x, keys=max(geometry.run, min(x.keys, geometry.block))) for x in configs], programs,
+            lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(ranking.k, config.keys)},
+        )  # fmt: skip
     launch(sorting.histogram_kernel, [Config(0, 0, 4, 1)], lambda _: rows * segments, lambda _: shared)
     launch(sorting.offsets_kernel, [Config(0, 0, 4, 1)], lambda _: rows, lambda _: shared)
     # As many as a segment keeps, if its share of the table is that of its runs: it costs more to sort more at once.

@@ -55,31 +55,37 @@ def representatives_kernel(
     parts = tl.minimum(SUB, size)
     each, more = size // parts, size % parts  # as torch's tensor_split: the first parts take one query more
     head = kv_head * group + member
+    from_query = start - (keys - queries)
+    size = tl.where(member < group, size, 0)
+    at = tl.arange(0, BM)
+    q = gather_rows(q_ptr, q_steps, batch, head, from_query + at, at < size, True, D, BLOCK_D)
+    # Centres are columns: the products of either kind have the queries' rows or channels, many, as rows.
     centre = tl.arange(0, CENTRES)
-    means = tl.zeros((CENTRES, BLOCK_D), tl.float32)
+    means = tl.zeros((BLOCK_D, CENTRES), tl.float32)
     for step in tl.range(0, ROUNDS + 1, num_stages=1):
         rounded = means.to(q_ptr.dtype.element_ty)
         wide = rounded.to(tl.float32)
-        square = tl.where(centre < parts, tl.sum(wide * wide, 1), float("inf"))
-        sums = tl.zeros((CENTRES, BLOCK_D), tl.float32)
+        square = tl.where(centre < parts, tl.sum(wide * wide, 0), float("inf"))
+        sums = tl.zeros((BLOCK_D, CENTRES), tl.float32)
         count = tl.zeros((CENTRES,), tl.int32)
         for first in tl.range(0, TILE, BM, num_stages=1):
             at = first + tl.arange(0, BM)
-            there = at < tl.where(member < group, size, 0)
-            q = gather_rows(q_ptr, q_steps, batch, head, start - (keys - queries) + at, there, True, D, BLOCK_D)
-            nearest = tl.argmin(square[None, :] - 2.0 * tl.dot(q, rounded.T, input_precision="ieee"), 1)
-            longer = more * (each + 1)
-            part = tl.where(at < longer, at // (each + 1), more + (at - longer) // each)
-            nearest = tl.where(step == 0, part, nearest)
-            near = (centre[:, None] == nearest[None, :]) & there[None, :]
-            sums = tl.dot(near.to(q.dtype), q, sums, input_precision="ieee")
-            count += tl.sum(near.to(tl.int32), 1)
-        means = tl.where((count > 0)[:, None], sums / tl.maximum(count, 1).to(tl.float32)[:, None], means)
+            if BM < TILE:  # else they stay where they are
+                q = gather_rows(q_ptr, q_steps, batch, head, from_query + at, at < size, True, D, BLOCK_D)
+            if step == 0:
+                longer = more * (each + 1)
+                nearest = tl.where(at < longer, at // (each + 1), more + (at - longer) // each)
+            else:
+                nearest = tl.argmin(square[None, :] - 2.0 * tl.dot(q, rounded, input_precision="ieee"), 1)
+            near = (nearest[:, None] == centre[None, :]) & (at < size)[:, None]
+            sums = tl.dot(q.T, near.to(q.dtype), sums, input_precision="ieee")
+            count += tl.sum(near.to(tl.int32), 0)
+        means = tl.where((count > 0)[None, :], sums / tl.maximum(count, 1).to(tl.float32)[None, :], means)
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
     column = tl.arange(0, BLOCK_D)
-    to = (row.to(tl.int64) * MEANS + member * SUB + centre)[:, None] * D + column[None, :]
-    mean = tl.where((centre < parts)[:, None], means * scale2, 0.0)
-    keep = (centre < SUB)[:, None] & (column < D)[None, :]
+    to = (row.to(tl.int64) * MEANS + member * SUB + centre)[None, :] * D + column[:, None]
+    mean = tl.where((centre < parts)[None, :], means * scale2, 0.0)
+    keep = (centre < SUB)[None, :] & (column < D)[:, None]
     tl.store(means_ptr + to, mean.to(means_ptr.dtype.element_ty), mask=keep)
     if FLOAT8:
         tl.store(rounded_means_ptr + to, (mean * KEY_UNIT).to(rounded_means_ptr.dtype.element_ty), mask=keep)
@@ -167,12 +173,13 @@ def masses_kernel(
             means, squares, kv_bh, number, number < groups, groups, mean_k_ptr, variance_ptr, limit,
             PRECISION, D, BLOCK_D,
         )  # fmt: skip
-        scores += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
         inside = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
         scores = tl.where(inside, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total = total * tl.exp2(peak - origin) + tl.sum(tl.exp2(scores - origin[:, None]), 1)
+        # Of its mean key, times its size: that needs no logarithm of the size.
+        mass = tl.exp2(scores - origin[:, None]) * size.to(tl.float32)[None, :]
+        total = total * tl.exp2(peak - origin) + tl.sum(mass, 1)
         peak = new_peak
     representatives = tl.maximum(group * parts, 1).to(tl.float32)
     shift = peak + tl.log2(tl.where(total > 0.0, total, 1.0)) + tl.log2(representatives)
@@ -190,14 +197,14 @@ def _squares(means, variance_ptr):
 @triton.jit
 def _term(x, number):
     """Term `number` of float32 x as an exact sum of three numbers that bfloat16 holds, 0 from the third on."""
-    first = _head(x)
-    second = _head(x - first)
+    first = head(x)
+    second = head(x - first)
     third = x - first - second
     return tl.where(number == 0, first, tl.where(number == 1, second, tl.where(number == 2, third, 0.0)))
 
 
 @triton.jit
-def _head(x):
+def head(x):
     """x without the bits that bfloat16 has no room for: cheaper than to round it."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
@@ -215,7 +222,7 @@ def scores_kernel(
 
     Tensor cores do what they can beside the products: an accumulator begins at minus the shift, and when its
     exponential is taken, minus the share of each key's group is added, as a product of the key's one-hot vector. Sums
-    over representatives stay in a thread: keys are rows, representatives columns in the order of `_columns`.
+    over representatives stay in a thread: keys are rows, representatives columns in the order of `columns`.
 
     With FLOAT8, `k_tiles` are `rounded_keys_kernel`'s, and an accumulator begins at what the centre of the block adds,
     too: the products of its groups' means are needed anyway.
@@ -236,7 +243,7 @@ def scores_kernel(
     if begin >= end:  # half of the programs of a causal call
         return
     TYPE: tl.constexpr = variance_ptr.dtype.element_ty
-    of_column, mean = _columns(GROUPED, MEANS)
+    of_column, mean = columns(tl.arange(0, BM), GROUPED, MEANS)
     means = _load_means(means_ptr, kv_bh, first + of_column, mean, tiles, MEANS, D, BLOCK_D)
     place = (kv_bh.to(tl.int64) * tiles + first + of_column) * MEANS + mean
     shift = tl.load(shift_ptr + place, mask=first + of_column < tiles, other=float("inf"))
@@ -287,7 +294,7 @@ def scores_kernel(
             key = at + part
             allowed = load_allowed(allowed_ptr, batch, keys, key, key < keys, KEYS)
             apart = tl.where(allowed[:, None], apart, 0.0)
-        of_keys = _sums(tl.abs(apart), GROUPED, MEANS)
+        of_keys = sums_by_tile(tl.abs(apart), GROUPED, MEANS)
         bins = bins_of(tl.max(of_keys.reshape(BN // RUN, RUN, GROUPED), 1))
         if KEYS:
             seen = tl.max(allowed.to(tl.int32).reshape(BN // RUN, RUN), 1) > 0
@@ -298,21 +305,20 @@ def scores_kernel(
 
 
 @triton.jit
-def _columns(GROUPED: tl.constexpr, MEANS: tl.constexpr):
-    """(tile, mean) of each of GROUPED * MEANS columns of a product, such that one thread holds all of a tile.
+def columns(column, GROUPED: tl.constexpr, MEANS: tl.constexpr):
+    """(tile, mean) of columns of a product of GROUPED * MEANS, such that one thread holds all of a tile.
 
     In the accumulators of tensor cores four threads share a row, and each holds two neighbours of every eight columns.
     """
     LANES: tl.constexpr = 4 if GROUPED > 4 else GROUPED
     PAIR: tl.constexpr = 8 // LANES if MEANS > 8 // LANES else MEANS
-    column = tl.arange(0, GROUPED * MEANS)
     tile = column // (LANES * MEANS) * LANES + column // PAIR % LANES
     return tile, column // (LANES * PAIR) % (MEANS // PAIR) * PAIR + column % PAIR
 
 
 @triton.jit
-def _sums(x, GROUPED: tl.constexpr, MEANS: tl.constexpr):
-    """Sums (rows, GROUPED) of x (rows, GROUPED * MEANS) over the columns of each tile; see `_columns`."""
+def sums_by_tile(x, GROUPED: tl.constexpr, MEANS: tl.constexpr):
+    """Sums (rows, GROUPED) of x (rows, GROUPED * MEANS) over the columns of each tile; see `columns`."""
     LANES: tl.constexpr = 4 if GROUPED > 4 else GROUPED
     PAIR: tl.constexpr = 8 // LANES if MEANS > 8 // LANES else MEANS
     x = x.reshape(x.shape[0], GROUPED // LANES, MEANS // PAIR, LANES, PAIR)

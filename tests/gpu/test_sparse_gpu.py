@@ -153,7 +153,13 @@ def test_both_attention_kernels(
     monkeypatch.setattr(hopper_sparse, "attend", lambda *arguments: ran.append(launch(*arguments)) or ran[-1])
     kernels: list[Any] = []
     start = hopper_sparse.try_launch
-    monkeypatch.setattr(hopper_sparse, "try_launch", lambda *a: kernels.append(a[0]) or start(*a))
+
+    def try_launch(kernel: Any, *arguments: Any) -> bool:
+        if hopper_sparse.scoring is None or kernel is not hopper_sparse.scoring.scores_kernel:
+            kernels.append(kernel)
+        return start(kernel, *arguments)
+
+    monkeypatch.setattr(hopper_sparse, "try_launch", try_launch)
     found = case.check()
     assert ran and all(ran)
     assert {kernel is getattr(hopper_sparse, kind).attend_kernel for kernel in kernels} == {True}
@@ -163,6 +169,46 @@ def test_both_attention_kernels(
     assert same.float().mean() > 0.9  # rounding may move a stop that was close
     if same.all():
         assert torch.equal(found.pairs, other.pairs) and torch.equal(found.visible, other.visible)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"heads": (8, 2), "lengths": (2600, 2600)}, {}),
+        ({"heads": (4, 2), "lengths": (900, 2900), "widths": (64, 64)}, {}),
+        ({"heads": (4, 1), "lengths": (700, 2900), "dtype": torch.float16}, {}),
+        ({"heads": (8, 1), "lengths": (300, 4700)}, {}), ({"heads": (7, 1), "lengths": (300, 2900)}, {}),
+        ({"batch": 2, "heads": (2, 2), "lengths": (900, 2900)}, {}),
+        ({"heads": (4, 1), "lengths": (1500, 4500)}, {"window": 2100}),
+        ({"heads": (4, 1), "lengths": (300, 2900)}, {"causal": False}),
+        ({"heads": (4, 1), "lengths": (700, 2900), "offset": 20.0}, {}),
+        ({"heads": (1, 1), "lengths": (400, 1500)}, {"geometry": Geometry(sink=0, clusters=8, block=64, bundle=64)}),
+    ],
+)  # fmt: skip
+def test_both_score_kernels(
+    fields: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Gluon's against the reference, and what it lists against what Triton's lists."""
+    from s2o_inductor.kernels import hopper_sparse
+
+    if torch.cuda.get_device_capability() != (9, 0) or hopper_sparse.scoring is None:
+        pytest.skip("the Gluon kernel is for Hopper, in a Triton that has what it needs")
+    fields = {"widths": (128, 128), "dtype": torch.bfloat16, **fields}
+    options = {"geometry": GEOMETRIES["cuda"], "max_density": 0.3, **options}
+    case = sparse_problem(**fields, sharpness=3.0, device="cuda", **options)
+    ran: list[bool] = []
+    score = hopper_sparse.score
+    monkeypatch.setattr(hopper_sparse, "score", lambda *arguments: ran.append(score(*arguments)) or ran[-1])
+    case.check()
+    assert ran and all(ran)
+    ranking = case.ranking()
+    found, count = case.order(ranking)
+    monkeypatch.setattr(hopper_sparse, "score", lambda *_: False)
+    other, same = case.order(ranking)
+    assert torch.equal(count, same)
+    runs = case.k.shape[2] // case.geometry.run
+    lists = [torch.zeros(*x.shape[:3], runs + 1).scatter_(3, x.long() + 1, 1.0)[..., 1:] for x in (found, other)]
+    assert (lists[0] * lists[1]).sum() > 0.99 * count.sum()  # rounding moves few runs to the bin beside theirs
 
 
 @torch.no_grad()
