@@ -170,7 +170,7 @@ def test_scores_compile(width: int, means: int, kind: str) -> None:
     (config, *_) = scores_configs(shape=tuple(k.shape), means=means)
     constants = {
         "D": width, "TILE": geometry.tile, "UNIT": geometry.block, "RUN": geometry.run, "CAUSAL": True,
-        "WINDOWED": False, "MEANS": means, "GROUPED": config.rows // means, "CLUSTERS": geometry.clusters,
+        "WINDOWED": False, "MEANS": means, "GROUPED": config.rows // means,
         "BM": config.rows, "BN": config.keys, "STAGES": config.stages,
     }  # fmt: skip
     tiles = hopper_sparse.rows_of(k, config.keys)
