@@ -182,5 +182,6 @@ def score(k: Tensor, tiling: Tiling, programs: Callable[[Config], int], named: d
         k_tiles = rows_of(k, config.keys)
         return {**named, "GROUPED": config.rows // means, "STAGES": config.stages, "k_tiles": k_tiles}
 
-    kind = (k.device, k.shape[3], means, tiling.geometry, tiling.causal, tiling.window is None)
+    fixed = (means, tiling.geometry, tiling.causal, tiling.window is None)
+    kind = (k.device, named["means_ptr"].dtype, k.shape[3], *fixed)
     return bool(configs) and try_launch(scoring.scores_kernel, configs, programs, arguments, kind)
