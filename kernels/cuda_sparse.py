@@ -34,6 +34,8 @@ WORKSPACE_BYTES = 512 << 20
 GEOMETRY = GEOMETRIES["cuda"]
 # Widest rows of keys and values that leave room for the rest of a program.
 _WIDTH = 256
+# Halves of tiles that Hopper's kernel leaves to Triton's. They are rare: most of these programs find nothing to do.
+_MARKED = [Config(64, 32, 4, 1)]
 # A head with this budget reads its prefix in place.
 _EXACT = -1.0
 
@@ -168,9 +170,14 @@ class _Call:
             lambda config: batch * self.k.shape[1] * count * triton.cdiv(groups, config.keys),
             lambda _: {**shared, **extra},
         )  # fmt: skip
+        marks = None
+        if not tail:
+            plain = (self.q, (width, v_width), self.tiling, self.padding)
+            marks = hopper_sparse.tail(*plain, programs, {**shared, **extra})
+        marked = {"marks_ptr": marks, "MARKED": marks is not None}
         launch(
-            tails.tail_kernel, tail or tail_configs(*sizes),
-            lambda config: programs * (geometry.tile // config.rows), lambda _: {**shared, **extra},
+            tails.tail_kernel, tail or (tail_configs(*sizes) if marks is None else _MARKED),
+            lambda config: programs * (geometry.tile // config.rows), lambda _: {**shared, **extra, **marked},
         )  # fmt: skip
 
     def result(self) -> Sparse:

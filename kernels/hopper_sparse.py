@@ -1,4 +1,4 @@
-"""When attention through a page table, and scores, run in Gluon kernels for Hopper, and in which sizes.
+"""When attention through a page table, its tail, and scores run in Gluon kernels for Hopper, and in which sizes.
 
 Of attention, the one with warps that only load comes first, then the one in which all load. Gluon is experimental:
 where the installed Triton lacks it, or has one that no longer compiles them, the Triton kernels take every call.
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import Config, try_launch
+from s2o_inductor.kernels.launching import Config, launch, try_launch
+from s2o_inductor.kernels.triton_sparse_tail import round_kernel
 from s2o_inductor.kernels.triton_sparse_tiles import Padding, Tiling
 
 try:
@@ -25,8 +26,9 @@ try:
 
     from s2o_inductor.kernels import gluon_sparse_scores as scoring
     from s2o_inductor.kernels import gluon_sparse_special as special
+    from s2o_inductor.kernels import gluon_sparse_tail as tails
 except (ImportError, AttributeError):
-    special = scoring = None  # type: ignore[assignment]
+    special = tails = scoring = None  # type: ignore[assignment]
 
 # What a run of keys must be for the kernels' loads.
 _RUN = 8
@@ -47,18 +49,7 @@ def attend_configs(
         padding: of the keys.
     """
     geometry = tiling.geometry
-    if (
-        kernels is None
-        or capability != (9, 0)
-        or dtype not in (torch.float16, torch.bfloat16)
-        or widths not in ((64, 64), (128, 128))
-        or geometry.tile not in (64, 128)
-        or geometry.run != _RUN
-        or not tiling.causal
-        or tiling.window is not None
-        or padding.allowed is not None
-        or padding.documents is not None
-    ):
+    if kernels is None or not _plain(capability, dtype, widths, tiling, padding) or geometry.tile not in (64, 128):
         return []
     if geometry.tile == 64:  # two programs share a multiprocessor, and its memory
         found = [Config(64, 64, 4, 2)]
@@ -83,6 +74,33 @@ def special_configs(
     return [config for config in found if geometry.block % config.keys == 0 and geometry.bundle % config.keys == 0]
 
 
+def tail_configs(
+    capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
+) -> list[Config]:
+    """Ways to run the tail's kernel, like `special_configs`: `stages` tiles of `keys` groups are loaded ahead.
+
+    Heads of 64 have not been proved on a GPU.
+    """
+    plain = tails is not None and _plain(capability, dtype, widths, tiling, padding)
+    return [Config(128, 128, 4, 2, registers=168)] if plain and widths[0] == 128 == tiling.geometry.tile else []
+
+
+def _plain(
+    capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], tiling: Tiling, padding: Padding
+) -> bool:
+    """Whether a call has what all kernels here take, tiles aside."""
+    return (
+        capability == (9, 0)
+        and dtype in (torch.float16, torch.bfloat16)
+        and widths in ((64, 64), (128, 128))
+        and tiling.geometry.run == _RUN
+        and tiling.causal
+        and tiling.window is None
+        and padding.allowed is None
+        and padding.documents is None
+    )
+
+
 def runs_of(x: Tensor) -> Any:
     """x (B, H, S, D), aligned, as (B, H, D / `special.PIECE`, S, `special.PIECE`) in pieces of one run."""
     width = special.PIECE.value
@@ -90,6 +108,13 @@ def runs_of(x: Tensor) -> Any:
     strides = [*x.stride()[:2], width, x.stride(2), 1]
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=5)
     return TensorDescriptor(x, shape, strides, [1, 1, shape[2], _RUN, width], layout)
+
+
+def tiles_of(x: Tensor, rows: int) -> Any:
+    """x (N, S, D), contiguous, in tiles of `rows` rows of one (S, D), zeros beyond it."""
+    bits = 8 * x.element_size()
+    layout = NVMMASharedLayout(min(128, x.shape[2] * bits // 8), bits, rank=3)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, x.shape[2]], layout)
 
 
 def attend(
@@ -124,6 +149,46 @@ def attend(
         if configs and try_launch(module.attend_kernel, configs, lambda _: programs, arguments_of, kind):
             return True
     return False
+
+
+def tail(
+    q: Tensor, widths: tuple[int, int], tiling: Tiling, padding: Padding, programs: int, named: dict[str, Any]
+) -> Tensor | None:
+    """Launches the tail's kernel, if it takes the call and compiles.
+
+    Args:
+        q: the queries.
+        widths: as in `attend_configs`, like the following two.
+        tiling: see there.
+        padding: see there.
+        programs: tiles times query heads times batch.
+        named: the arguments of the Triton kernel, by name.
+
+    Returns:
+        int8 (B, Hq, count, 2), halves of tiles that are marked for the Triton kernel; None, if it has to do all.
+    """
+    if not q.is_cuda:
+        return None
+    configs = tail_configs(torch.cuda.get_device_capability(q.device), q.dtype, widths, tiling, padding)
+    if not configs:
+        return None
+    variance, k, v = (named[f"{name}_ptr"].flatten(0, 1) for name in ("variance", "mean_k", "mean_v"))
+    rounded = torch.empty(variance.shape, dtype=torch.float8_e4m3fn, device=q.device)
+    units = torch.empty(variance.shape[:2], dtype=torch.float32, device=q.device)
+    rows = units.numel()
+    launch(
+        round_kernel, [Config(32, 0, 4, 1)], lambda config: -(-rows // config.rows),
+        lambda _: {"x_ptr": variance, "rounded_ptr": rounded, "units_ptr": units, "rows": rows, "D": widths[0]},
+    )  # fmt: skip
+    marks = torch.empty((*q.shape[:2], named["count"], 2), dtype=torch.int8, device=q.device)
+
+    def arguments(config: Config) -> dict[str, Any]:
+        groups = {"variance_desc": rounded, "k_desc": k, "v_desc": v}
+        descriptors = {name: tiles_of(x, config.keys) for name, x in groups.items()}
+        return {**named, **descriptors, "units_ptr": units, "marks_ptr": marks, "AHEAD": config.stages}
+
+    kind = (q.device, q.dtype, widths, tiling.geometry)
+    return marks if try_launch(tails.tail_kernel, configs, lambda _: programs, arguments, kind) else None
 
 
 def rows_of(x: Tensor, rows: int) -> Any:

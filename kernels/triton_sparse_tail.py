@@ -5,6 +5,8 @@ which stops by itself, adds only how many keys of each group it did not read. Tw
 
     unread   what of each group was not read, for each tile and query head
     tail     the groups stand in for that: folded into the output by its log-sum-exp
+
+On Hopper the second has a twin, `kernels/gluon_sparse_tail.py`.
 """
 
 # Device code has no types that mypy knows.
@@ -23,13 +25,30 @@ from s2o_inductor.kernels.triton_sparse_tiles import gather_rows, packed_keys, r
 
 # How much more than what was read a tail may weigh before the maximum of its scores has to be followed: a weight in
 # float16 is at most 65504.
-_MOST = tl.constexpr(32768.0)
+MOST = tl.constexpr(32768.0)
 
 
 @triton.jit
-def _has_tail(listed, bundles, ranked, budget, BUNDLE: tl.constexpr, RUN: tl.constexpr):
+def has_tail(listed, bundles, ranked, budget, BUNDLE: tl.constexpr, RUN: tl.constexpr):
     """Whether a head left some of its `ranked` runs unread, and may."""
     return (tl.minimum(listed, bundles * (BUNDLE // RUN)) < ranked) & (budget >= 0.0)
+
+
+@triton.jit
+def unit_of(largest):
+    """A power of two over which numbers up to `largest` end in [128, 256], of float8's (e4m3) 448."""
+    return tl.exp2(tl.floor(tl.log2(tl.minimum(tl.maximum(largest, 1e-30), 1e30))) - 7.0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def round_kernel(x_ptr, rounded_ptr, units_ptr, rows, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """BM of the rows of x (rows, D), none below 0, in float8, each over a unit of its own: for Hopper's kernel."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    place = row[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(x_ptr + place, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+    unit = unit_of(tl.max(x, 1))
+    tl.store(rounded_ptr + place, (x / unit[:, None]).to(rounded_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+    tl.store(units_ptr + row, unit, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -76,7 +95,7 @@ def unread_kernel(
     weight, shrunk = tl.zeros((BN,), TYPE), tl.zeros((BN,), TYPE)
     for head in tl.range(kv_bh * group, kv_bh * group + group):
         bundles = tl.load(bundles_ptr + head * tiles + tile).to(tl.int32)
-        if _has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head % heads), BUNDLE, RUN):
+        if has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head % heads), BUNDLE, RUN):
             if bundles != counted:  # heads that a density stopped have read the same
                 left = tl.sum(tl.where(bundle >= bundles, counts, 0), 1).to(tl.float32)
                 read = size - left
@@ -125,17 +144,18 @@ def _stand_in(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tail_kernel(
     q_ptr, q_steps, out_ptr, lse_ptr, listed_ptr, unread_ptr, mean_k_ptr, variance_ptr, mean_v_ptr, runs_ptr,
-    documents_ptr, budgets_ptr, bundles_ptr, heads, group, queries, keys, window, sink, first_tile, tiles, tile0,
-    count, base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
+    documents_ptr, budgets_ptr, bundles_ptr, marks_ptr, heads, group, queries, keys, window, sink, first_tile, tiles,
+    tile0, count, base, room, groups, section, scale, limit, TILE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, BUNDLE: tl.constexpr,
-    CLUSTERS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    CLUSTERS: tl.constexpr, MARKED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Folds the tail of BM rows of a tile of one query head into output and log-sum-exp, BN groups at a time.
 
     See `tail_groups.tail_logits`, and `GroupTable` and `unread_kernel` for what it reads. Weights are relative to the
     mass of what was read, which a tail seldom outweighs: no maximum has to be followed. Where it does, by more than
-    _MOST, the tile is done again and the maximum followed.
+    MOST, the tile is done again and the maximum followed. MARKED leaves only that to be done, for the rows that
+    `marks_ptr`, int8 (B, Hq, count, TILE / BM), marks.
     """
     part, bh = schedule(count * (TILE // BM), section, CAUSAL)
     of_range = part // (TILE // BM)
@@ -148,7 +168,11 @@ def tail_kernel(
     ranked = ranked_runs(runs_ptr, batch, keys, low, high, RUN, KEYS)
     listed = tl.load(listed_ptr + kv_bh * count + of_range)
     bundles = tl.load(bundles_ptr + bh.to(tl.int64) * tiles + tile).to(tl.int32)
-    if _has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head), BUNDLE, RUN):
+    wanted = has_tail(listed, bundles, ranked, tl.load(budgets_ptr + head), BUNDLE, RUN)
+    if MARKED:
+        mark = tl.load(marks_ptr + bh.to(tl.int64) * count * (TILE // BM) + part, mask=wanted, other=0)
+        wanted = wanted & (mark > 0)
+    if wanted:
         position = (first_tile + tile) * TILE + part % (TILE // BM) * BM + tl.arange(0, BM)
         exists = (position >= start) & (position < end)
         query = position - (keys - queries)
@@ -169,18 +193,20 @@ def tail_kernel(
         span = room // (UNIT // RUN) * CLUSTERS
         of_unread = unread_ptr + (bh.to(tl.int64) * count + of_range) * 2 * span - base // UNIT * CLUSTERS
         of_step = tl.arange(0, BN)
-        for group0 in tl.range(first_group, end_group, BN):
-            left, products, spread, v = _stand_in(
-                q, squares, of_unread, span, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, group0 + of_step, end_group,
-                groups, most, D, DV, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-            # Times what is left, not plus its logarithm, which would be more instructions than all else here.
-            weights = tl.exp2(products * scale2 + (spread - origin[:, None])) * left[None, :]
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         peak = origin
-        outweighed = exists & ((total > _MOST) | (before == 0.0))
-        if tl.sum(outweighed.to(tl.int32), 0) > 0:
+        again = tl.sum(exists.to(tl.int32), 0)
+        if not MARKED:
+            for group0 in tl.range(first_group, end_group, BN):
+                left, products, spread, v = _stand_in(
+                    q, squares, of_unread, span, mean_k_ptr, variance_ptr, mean_v_ptr, kv_bh, group0 + of_step,
+                    end_group, groups, most, D, DV, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+                # Times what is left, not plus its logarithm, which would be more instructions than all else here.
+                weights = tl.exp2(products * scale2 + (spread - origin[:, None])) * left[None, :]
+                total += tl.sum(weights, 1)
+                acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+            again = tl.sum((exists & ((total > MOST) | (before == 0.0))).to(tl.int32), 0)
+        if again > 0:
             acc = gather_rows(out_ptr, steps, batch, head, query, exists, True, DV, BLOCK_DV).to(tl.float32)
             peak = lse
             total = before

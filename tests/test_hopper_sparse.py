@@ -1,4 +1,4 @@
-"""Which calls Hopper's kernels of attention and scores take, and that Triton compiles them, which needs no GPU."""
+"""Which calls Hopper's kernels of attention, tail and scores take, and that Triton compiles them without a GPU."""
 
 from __future__ import annotations
 
@@ -43,8 +43,11 @@ def test_taken(call: dict[str, Any]) -> None:
     special = configs(hopper_sparse.special_configs, **call)
     coarse = math.gcd(geometry.sink, geometry.block, geometry.bundle) % 128 == 0
     assert bool(special) == (hopper_sparse.special is not None and geometry.tile == 128 and coarse)
-    for config in found + special:
+    tails = configs(hopper_sparse.tail_configs, **call)
+    assert bool(tails) == (hopper_sparse.tails is not None and geometry.tile == 128 and "widths" not in call)
+    for config in found + special + tails:
         assert config.rows == geometry.tile
+    for config in found + special:
         assert math.gcd(geometry.sink, geometry.block, geometry.bundle) % config.keys == 0
 
 
@@ -57,7 +60,8 @@ def test_taken(call: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_left_to_triton(call: dict[str, Any]) -> None:
-    assert configs(**call) == configs(hopper_sparse.special_configs, **call) == []
+    for of in (hopper_sparse.attend_configs, hopper_sparse.special_configs, hopper_sparse.tail_configs):
+        assert configs(of, **call) == []
 
 
 @pytest.mark.skipif(hopper_sparse.special is None, reason="this Triton has no Gluon that the kernel could use")
@@ -128,6 +132,31 @@ def test_compiles(kind: str, width: int, tile: int) -> None:
     assert compiled.metadata.shared <= 232_448  # what a program may have on Hopper
     if kind == "special":
         assert compiled.metadata.num_warps == 12  # whose registers the config shares out
+
+
+@pytest.mark.skipif(hopper_sparse.tails is None, reason="this Triton has no Gluon that the kernel could use")
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_tail_compiles(dtype: torch.dtype, kind: str) -> None:
+    """For sm_90, as a call would run it."""
+    geometry = GEOMETRIES["cuda"]
+    (config, *_) = configs(hopper_sparse.tail_configs, dtype=dtype)
+    constants = {
+        "TILE": geometry.tile, "UNIT": geometry.block, "RUN": geometry.run, "BUNDLE": geometry.bundle,
+        "CLUSTERS": geometry.clusters, "D": 128, "BN": config.keys, "AHEAD": config.stages,
+    }  # fmt: skip
+    groups = torch.empty(1, 8, 128, dtype=dtype)
+    tiles, rounded = (hopper_sparse.tiles_of(x, config.keys) for x in (groups, groups.to(torch.float8_e4m3fn)))
+    kinds: dict[str, Any] = {
+        "q_steps": ("i32",) * 3, "lse_ptr": "*fp32", "listed_ptr": "*i32", "unread_ptr": "*fp16", "units_ptr": "*fp32",
+        "budgets_ptr": "*fp32", "bundles_ptr": "*i64", "marks_ptr": "*i8", "scale": "fp32", "limit": "fp32",
+        "variance_desc": f"tensordesc<fp8e4nv{rounded.block_shape},{rounded.layout!r}>",
+        **dict.fromkeys(("q_ptr", "out_ptr"), f"*{kind}"),
+        **dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{kind}{tiles.block_shape},{tiles.layout!r}>"),
+    }  # fmt: skip
+    compiled = compile_for_hopper(hopper_sparse.tails.tail_kernel, constants, kinds, config)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 232_448
+    assert compiled.metadata.num_warps == 12
 
 
 def scores_configs(

@@ -189,6 +189,40 @@ def check_heavy_tail(nothing_else: bool) -> None:
     case.check_replay(result, table, 0 * listed)
 
 
+def check_marked_halves() -> None:
+    """What Hopper's kernel leaves of a tail: halves of tiles that it marks get theirs, others keep what they have."""
+    case = sparse_problem(lengths=(128, 576), max_density=0.4)  # the second half of a tile, and the first of the next
+
+    def left(*marks: int) -> Tensor:
+        """The output with these marks of each tile's halves."""
+        halves = torch.tensor(marks, dtype=torch.int8).expand(1, 2, 2, 2).contiguous()
+        with mock.patch("s2o_inductor.kernels.hopper_sparse.tail", return_value=halves):
+            return case.run().output
+
+    found, without, whole = left(0, 1), left(0, 0), case.run().output
+    assert torch.equal(found[:, :, 64:], without[:, :, 64:])
+    assert_close_to_gold(found[:, :, :64], whole[:, :, :64], whole[:, :, :64].double(), what="marked half")
+    assert (without != whole).any(dim=3).float().mean() > 0.9
+
+
+def check_rounded_variances() -> None:
+    """Over units of their own they fit float8, whatever they are; here in float16, which the interpreter rounds to."""
+    from s2o_inductor.kernels.launching import Config, launch
+    from s2o_inductor.kernels.triton_sparse_tail import round_kernel
+
+    x = torch.randn(45, 64).square() * torch.logspace(-36, 36, 45)[:, None]
+    x[7], x[8, 3], x[9, 5] = 0.0, float("inf"), float("nan")
+    rounded, units = torch.empty(45, 64, dtype=torch.float16), torch.empty(45)
+    arguments = {"x_ptr": x, "rounded_ptr": rounded, "units_ptr": units, "rows": 45, "D": 64}
+    launch(round_kernel, [Config(32, 0, 4, 1)], lambda _: 2, lambda _: arguments)
+    assert (units.log2() == units.log2().round()).all() and not rounded[7].any()
+    usual = x.isfinite().all(dim=1) & (x.amax(dim=1) > 1e-30) & (x.amax(dim=1) < 1e30)
+    most = rounded[usual].amax(dim=1)
+    assert usual.sum() > 30 and (most >= 128).all() and (most <= 256).all()
+    apart = (rounded.float() * units[:, None] - x)[usual].abs()
+    assert (apart <= 1e-3 * x[usual] + 1e-7 * units[usual, None]).all()
+
+
 def check_budgets_are_monotone() -> None:
     """A smaller budget never reads less; budget 0 is exact attention, whatever the density."""
     case = sparse_problem(lengths=(100, 320), max_density=0.3)
@@ -263,6 +297,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "a tail that outweighs the rest": lambda: check_heavy_tail(False),
     "a tail and nothing else": lambda: check_heavy_tail(True),
+    "halves that are left": check_marked_halves,
+    "rounded variances": check_rounded_variances,
     "budgets are monotone, 0 is exact": check_budgets_are_monotone,
 }
 

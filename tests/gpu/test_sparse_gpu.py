@@ -13,6 +13,7 @@ import pytest
 import torch
 from sparse_cases import SparseProblem, random_case, sparse_problem
 from test_sparse_backend import Attention, Packed, compiled, packed_positions, relative
+from torch import Tensor
 
 import s2o_inductor
 from s2o_inductor.sparse_policy import GEOMETRIES, Geometry
@@ -209,6 +210,81 @@ def test_both_score_kernels(
     runs = case.k.shape[2] // case.geometry.run
     lists = [torch.zeros(*x.shape[:3], runs + 1).scatter_(3, x.long() + 1, 1.0)[..., 1:] for x in (found, other)]
     assert (lists[0] * lists[1]).sum() > 0.99 * count.sum()  # rounding moves few runs to the bin beside theirs
+
+
+def hopper_tails(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """What Hopper's kernel marks of each tail from here on; None for one that it does not take."""
+    from s2o_inductor.kernels import hopper_sparse
+
+    if torch.cuda.get_device_capability() != (9, 0) or hopper_sparse.tails is None:
+        pytest.skip("the kernel is for Hopper, in a Triton that has what it needs")
+    marks: list[Tensor | None] = []
+    launch = hopper_sparse.tail
+
+    def tail(*arguments: Any) -> Tensor | None:
+        marks.append(launch(*arguments))
+        return marks[-1]
+
+    monkeypatch.setattr(hopper_sparse, "tail", tail)
+    return marks
+
+
+@pytest.mark.parametrize(
+    ("lengths", "geometry", "dtype"),
+    [
+        ((2048, 2048), GEOMETRIES["cuda"], torch.bfloat16), ((1777, 2311), Geometry(), torch.bfloat16),
+        ((300, 9000), GEOMETRIES["cuda"], torch.float16), ((1, 1700), Geometry(sink=0, block=128), torch.float16),
+        ((500, 3000), Geometry(clusters=1, block=64, sink=64, bundle=128), torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_tail_on_hopper(
+    lengths: tuple[int, int], geometry: Geometry, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the float64 replay, with heads that leave much, little and nothing."""
+    marks = hopper_tails(monkeypatch)
+    case = sparse_problem(
+        2, (4, 1), lengths, (128, 128), dtype, sharpness=2.0, device="cuda", geometry=geometry,
+        budgets=(0.0, 0.1, 0.4, 0.9), max_density=0.3,
+    )  # fmt: skip
+    found, again = case.check(), case.run()
+    assert marks and all(x is not None for x in marks)
+    assert torch.equal(found.output, again.output) and torch.equal(found.lse, again.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tail_that_outweighs_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read of keys that weigh far more than the rest, so much that float16 does not hold their weights."""
+    from s2o_inductor.kernels import cuda_sparse
+
+    marks = hopper_tails(monkeypatch)
+    case = sparse_problem(
+        1, (2, 1), (200, 1700), (128, 128), dtype, sharpness=1.0, device="cuda", geometry=GEOMETRIES["cuda"],
+        budgets=(1e-9,),
+    )  # fmt: skip
+    case.q = case.q + 4
+    case.k[:, :, :1024] += 0.5
+    table, listed = case.order()
+    found = cuda_sparse.attend(case.q, case.k, case.v, table.cuda(), 0 * listed.cuda(), **case.options)
+    assert len(marks) == 1 and marks[0] is not None and (marks[0] == 1).any()
+    case.check_replay(found, table, 0 * listed)
+
+
+def test_rows_that_are_not_finite_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no measure for the float8 numbers of the others, and keys to come reach nobody."""
+    marks = hopper_tails(monkeypatch)
+    case = sparse_problem(
+        1, (2, 1), (2048, 2048), (128, 128), torch.bfloat16, device="cuda", geometry=GEOMETRIES["cuda"],
+        budgets=(0.3,), max_density=0.3,
+    )  # fmt: skip
+    found, q, k = case.run().output, case.q.clone(), case.k.clone()
+    case.q[:, :, 1999], case.q[:, :, 2001] = float("nan"), float("inf")
+    spoiled = case.run().output
+    assert len(marks) == 2 and all(x is not None for x in marks)
+    assert torch.equal(spoiled[:, :, :1920], found[:, :, :1920])  # the tile's own order is another one
+    assert torch.isfinite(spoiled[:, :, 2002:]).all() and torch.isfinite(spoiled[:, :, 1920:1999]).all()
+    case.q, case.k = q, k
+    case.k[:, :, 1700:] = float("nan")
+    assert torch.equal(case.run().output[:, :, :1664], found[:, :, :1664])
 
 
 @torch.no_grad()
