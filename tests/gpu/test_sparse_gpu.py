@@ -156,7 +156,7 @@ def test_both_attention_kernels(
     start = hopper_sparse.try_launch
 
     def try_launch(kernel: Any, *arguments: Any) -> bool:
-        if hopper_sparse.scoring is None or kernel is not hopper_sparse.scoring.scores_kernel:
+        if kernel.__name__ == "attend_kernel":
             kernels.append(kernel)
         return start(kernel, *arguments)
 
