@@ -30,6 +30,7 @@ def stages_of(call: Call, processors: int) -> dict[str, Callable[[Tile, int], No
     plan, p = Plan.of(call.ids, call.w1.shape[0], 16), call.p.view(-1)
     h, pre = rows_like(call.z, pairs, call.model.inner), rows_like(call.z, pairs, experts.columns)
     rows, x, dw = Rows(pre), Rows(call.z, by_token=True), torch.empty_like(call.w1)
+    entered, kept = Rows(rows_like(call.z, pairs, call.z.shape[1])), spec.activation == "relu2"
 
     def second(tile: Tile, parts: int, a: Tensor, w: Tensor) -> None:
         kind = torch.float32 if parts > 1 else torch.bfloat16
@@ -48,7 +49,15 @@ def stages_of(call: Call, processors: int) -> dict[str, Callable[[Tile, int], No
         where = (pre, call.model.inner, h, share)
         # In parts 2 the rows are gathered before.
         grad = Rows(call.z, by_token=True) if parts == 1 else Rows(x)
-        triton_moe_backward.hidden_backward(spec, grad, call.w2, plan, p, pre, *where, [tile])
+        triton_moe_backward.hidden_backward(spec, grad, call.w2, plan, p, pre, False, *where, [tile])
+
+    def hopper_hidden(tile: Tile) -> None:
+        share = torch.empty(pairs, -(-call.model.inner // tile.keys), device=call.z.device)
+        where = (pre, None, share) if kept else (pre, h, share)
+        assert hopper_moe.hidden_backward(spec, entered, call.w2, plan, p, pre, kept, *where, tile)
+
+    def hopper_dw(tile: Tile) -> None:
+        assert hopper_moe.outer(rows, entered, plan, dw, tile)
 
     return {
         "first": lambda tile, parts: triton_moe_first.first(spec, experts.w1, None, call.z, plan, p, None, h, [tile]),
@@ -58,6 +67,8 @@ def stages_of(call: Call, processors: int) -> dict[str, Callable[[Tile, int], No
         "first, Hopper": lambda tile, parts: hopper_first(tile),
         "second, Hopper": lambda tile, parts: hopper_second(tile, h, call.w2),
         "dx, Hopper": lambda tile, parts: hopper_second(tile, pre, call.w1.mT),
+        "hidden, Hopper": lambda tile, parts: hopper_hidden(tile),
+        "dw, Hopper": lambda tile, parts: hopper_dw(tile),
         "dw": lambda tile, parts: triton_moe_backward.outer(rows, x, plan, dw, [tile], processors),
     }
 
@@ -100,7 +111,8 @@ def tiles_to_try(facts: cuda_moe.Facts, gated: bool) -> dict[str, list[tuple[Til
         ways = [
             dataclasses.replace(facts.hopper, group=group, stages=stages) for group in (2, 3, 8) for stages in (3, 4)
         ]
-        found |= {f"{kernel}, Hopper": ways for kernel in (("second", "dx") if gated else ("first", "second", "dx"))}
+        grouped = ("second", "dx") if gated else ("first", "second", "dx", "hidden")
+        found |= {f"{kernel}, Hopper": ways for kernel in grouped} | {"dw, Hopper": [facts.hopper]}
     return {kernel: [(tile, 1) for tile in kinds] for kernel, kinds in found.items()}
 
 

@@ -181,6 +181,8 @@ class Operands:
 def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """`moe_cpu.forward`; what is kept of choices without an expert is undefined, and never read.
 
+    What is kept is the first product or, where that says as much, its activation.
+
     Args:
         experts: weights (E, ..., l), float16, bfloat16 or float32, any strides; or a list of one tensor per expert,
             read where they lie if they all have one stride, and rows start at multiples of 16 bytes.
@@ -200,8 +202,9 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         inner = operands.w2.shape[2]
         plan = Plan.of(ids, facts.experts, facts.height)
         z, weights = _unit_rows(z), p.reshape(-1).contiguous()
-        h = rows_like(z, pairs, inner)
-        _first(operands, z, plan, weights, kept if keep else None, h, facts)
+        hidden = keep and _keeps_hidden(operands, z.dtype)
+        h = kept if hidden else rows_like(z, pairs, inner)
+        _first(operands, z, plan, weights, kept if keep and not hidden else None, h, facts)
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
         y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
@@ -231,23 +234,26 @@ def _backward(
     inner, width = experts.w2.shape[2], z.shape[1]
     plan = Plan.of(ids, facts.experts, facts.height)
     weights = p.reshape(-1).contiguous()
+    hidden = _keeps_hidden(experts, z.dtype)
     if kept.shape[0] == 0:
         kept = torch.empty((pairs, experts.columns), dtype=z.dtype, device=z.device)
-        _first(experts, z, plan, weights, kept, None, facts)
+        _first(experts, z, plan, weights, None if hidden else kept, kept if hidden else None, facts)
     # Each tensor of weights takes its part of dpre; parts start where the copy engine can.
     up_at = inner if len(experts.w1) == 1 else rows_like(z, 1, inner).stride(0)
     dpre = rows_like(z, pairs, experts.columns if len(experts.w1) == 1 else up_at + inner)
     parts = [dpre] if len(experts.w1) == 1 else [dpre[:, :inner], dpre[:, up_at:]]
-    h = rows_like(z, pairs, inner) if into.w2 is not None else None
+    h = rows_like(z, pairs, inner) if into.w2 is not None and not hidden else None
     scored = spec.score == "input"
 
     # One thing after another, so that of what is as large as dpre little is alive at once.
     du = _rows(grad, plan, None, facts)
-    tiles = hidden_tiles(facts)
-    share = _share(pairs, inner, tiles[0], z)
-    triton_moe_backward.hidden_backward(spec, du, experts.w2, plan, weights, kept, dpre, up_at, h, share, tiles)
-    if into.w2 is not None and h is not None:
-        _outer(du, Rows(h), plan, into.w2, facts)
+    share = _hidden_backward(experts, du, plan, weights, kept, hidden, dpre, up_at, h, facts)
+    if into.w2 is not None:
+        if h is None and spec.score == "output":
+            # The weight that h would have is on the other side.
+            del du
+            du = _rows(grad, plan, weights, facts)
+        _outer(du, Rows(kept if h is None else h), plan, into.w2, facts)
     del du, h
     if into.z is not None or (scored and into.p is not None):
         y = torch.empty((1, pairs, width), dtype=z.dtype, device=z.device)
@@ -312,6 +318,37 @@ def _second(
         triton_moe_second.second(a, w, bias, plan, y, second_tiles(facts, y.shape[2]))
 
 
+def _keeps_hidden(experts: Operands, dtype: torch.dtype) -> bool:
+    """Whether the activation is kept for the backward pass, of which it is all that is needed, and not its argument.
+
+    So it is for relu and its square, whose root is as exact as a stored argument; but float16 has not the exponents
+    of squares. `second` reads it as it lies.
+    """
+    spec = experts.spec
+    if spec.gate != "none" or spec.limit is not None or spec.score == "hidden":
+        return False
+    exact = spec.activation == "relu" or (spec.activation == "relu2" and dtype == torch.bfloat16)
+    return exact and experts.columns * dtype.itemsize % 16 == 0
+
+
+def _hidden_backward(
+    experts: Operands, du: Rows, plan: Plan, p: Tensor, kept: Tensor, from_hidden: bool, dpre: Tensor, up_at: int,
+    h: Tensor | None, facts: Facts,
+) -> Tensor:  # fmt: skip
+    """Fills dpre, and where wanted h times its routing weight; returns the shares of the gradient of p."""
+    spec, (pairs, inner) = experts.spec, (kept.shape[0], experts.w2.shape[2])
+    if (tile := facts.hopper) is not None:
+        share = _share(pairs, inner, tile, kept)
+        if hopper_moe.hidden_backward(spec, du, experts.w2, plan, p, kept, from_hidden, dpre, h, share, tile):
+            return share
+    tiles = hidden_tiles(facts)
+    share = _share(pairs, inner, tiles[0], kept)
+    triton_moe_backward.hidden_backward(
+        spec, du, experts.w2, plan, p, kept, from_hidden, dpre, up_at, h, share, tiles
+    )  # fmt: skip
+    return share
+
+
 def _rows(x: Tensor, plan: Plan, weight: Tensor | None, facts: Facts) -> Rows:
     """Rows of x by token; gathered once where many programs read them, so that they come in large pieces."""
     if facts.height == 128:
@@ -324,6 +361,8 @@ def _outer(left: Rows, right: Rows, plan: Plan, into: PerExpert, facts: Facts) -
     out = into if isinstance(into, Tensor) else addresses_of(into)
     if not out.is_contiguous():
         left, right, out = right, left, out.mT
+    if hopper_moe.outer(left, right, plan, out, facts.hopper):
+        return
     triton_moe_backward.outer(left, right, plan, out, outer_tiles(facts, *out.shape[1:]), facts.processors)
 
 

@@ -2,8 +2,9 @@
 
 With du the gradient of a token's output, and the first product `pre` kept or computed again:
 
-    dh      = du W2                gathered by token; its epilogue makes h, dpre and dp = dh . h, so y is not needed
-    dW2     = du^T (p h)           a sum over the expert's rows, zero for an expert without any
+    dh      = du W2                gathered by token; its epilogue makes h, dpre and dp = dh . h, so y is not needed;
+                                   where h was kept, which a root turns into act'(pre), it makes the latter two
+    dW2     = du^T (p h)           or (p du)^T h; a sum over the expert's rows, zero for an expert without any
     dx      = dpre W1              `triton_moe_second.second`, then `combine`
     dW1     = dpre^T x             as dW2
 
@@ -34,6 +35,7 @@ from s2o_inductor.kernels.triton_moe_tiles import (
     formula,
     gated_backward,
     halves,
+    kept_backward,
     load_rows,
     load_weights,
     place_of,
@@ -54,9 +56,12 @@ _PROGRAMS = 4
 def _through(
     dh, factor, numbers, row, inside, column, pre_ptr, dpre_ptr, dpre_steps, h_ptr, h_steps, INNER: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, TO_GATE: tl.constexpr, TO_UP: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATE: tl.constexpr, LIMITED: tl.constexpr, HIDDEN: tl.constexpr,
+    GATE: tl.constexpr, LIMITED: tl.constexpr, HIDDEN: tl.constexpr, FROM_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Writes gradients of the first product, and h if HIDDEN, where dh (BM, BN) are those of h at `column`: dh . h."""
+    """Writes gradients of the first product, and h if HIDDEN, where dh (BM, BN) are those of h at `column`: dh . h.
+
+    `pre_ptr` holds the first product, or h if FROM_HIDDEN.
+    """
     BM: tl.constexpr = dh.shape[0]
     BN: tl.constexpr = dh.shape[1]
     index = column + tl.arange(0, BN)
@@ -82,7 +87,10 @@ def _through(
         tl.store(dpre + (TO_UP + index)[None, :], (weighted * of_up).to(kind), mask=keep)
     else:
         x = tl.load(pre + index[None, :], mask=keep, other=0.0).to(tl.float32)
-        h, slope = plain_backward(x, numbers, ACTIVATION, LIMITED)
+        if FROM_HIDDEN:
+            h, slope = kept_backward(x, ACTIVATION)
+        else:
+            h, slope = plain_backward(x, numbers, ACTIVATION, LIMITED)
         tl.store(dpre + index[None, :], (weighted * slope).to(kind), mask=keep)
     if HIDDEN:
         place = h_ptr + row.to(tl.int64)[:, None] * h_steps[0] + index[None, :]
@@ -96,7 +104,8 @@ def _hidden_kernel(
     h_steps, share_ptr, alpha, limit, shift, CHOICES: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, TO_GATE: tl.constexpr, TO_UP: tl.constexpr, LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, LIMITED: tl.constexpr, SCORE: tl.constexpr, HIDDEN: tl.constexpr,
-    GATHERED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FROM_HIDDEN: tl.constexpr, GATHERED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BM rows of the first product of an expert, BN hidden columns; h, weighted, if HIDDEN.
 
@@ -136,6 +145,7 @@ def _hidden_kernel(
             share += _through(
                 parts[i], factor, numbers, row, inside, column + i * (BN // 4), pre_ptr, dpre_ptr, dpre_steps, h_ptr,
                 h_steps, INNER, GATE_AT, UP_AT, TO_GATE, TO_UP, ACTIVATION, GATE, LIMITED, HIDDEN,
+                FROM_HIDDEN,
             )  # fmt: skip
         if SCORE != "input":
             tl.store(share_ptr + pair.to(tl.int64) * blocks + block, share, mask=inside)
@@ -274,8 +284,8 @@ class Rows:
 
 
 def hidden_backward(
-    spec: ExpertSpec, grad: Rows, w2: Matrices, plan: Plan, p: Tensor, pre: Tensor, dpre: Tensor, up_at: int,
-    h: Tensor | None, share: Tensor | None, configs: Sequence[Tile],
+    spec: ExpertSpec, grad: Rows, w2: Matrices, plan: Plan, p: Tensor, pre: Tensor, from_hidden: bool, dpre: Tensor,
+    up_at: int, h: Tensor | None, share: Tensor | None, configs: Sequence[Tile],
 ) -> None:  # fmt: skip
     """Fills dpre, and where wanted h times its routing weight and the shares of the gradient of p.
 
@@ -285,8 +295,9 @@ def hidden_backward(
         w2: (E, l, I), any strides; a tensor or a table of addresses.
         plan: of the call.
         p: (T * K), contiguous.
-        pre: (T * K, halves * I), contiguous, the first product.
-        dpre: its gradient, rows of unit stride; as `pre`, but for the column at which
+        pre: (T * K, halves * I), contiguous, the first product; its activation if
+        from_hidden: which is for relu and its square alone, without a gate.
+        dpre: the first product's gradient, rows of unit stride; as `pre`, but for the column at which
         up_at: the second half begins.
         h: (T * K, I), rows of unit stride.
         share: float32 (T * K, blocks), one for each block of columns of the first config.
@@ -307,7 +318,8 @@ def hidden_backward(
             "CHOICES": plan.choices, "WIDTH": grad.x.shape[1], "INNER": inner,
             "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner,
             "TO_GATE": up_at if swapped else 0, "TO_UP": 0 if swapped else up_at, "SCORE": spec.score,
-            "HIDDEN": h is not None, "GROUP": config.group, "BK": config.depth, **formula(spec),
+            "HIDDEN": h is not None, "FROM_HIDDEN": from_hidden, "GROUP": config.group, "BK": config.depth,
+            **formula(spec),
         }  # fmt: skip
 
     launch(_hidden_kernel, configs, lambda c: plan.bound(c.rows) * triton.cdiv(inner, c.keys), arguments)

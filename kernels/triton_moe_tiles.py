@@ -73,9 +73,9 @@ class Weights:
         steps = w.stride()
         if isinstance(w, Addresses):
             return cls(w.table, steps, ADDRESSES.value)
-        if _in_tiles(w):
+        if in_tiles(w):
             return cls(TensorDescriptor(w, list(w.shape), _strides(w), [1, columns, depth]), steps, OUT_IN.value)
-        if _in_tiles(turned := w.mT):
+        if in_tiles(turned := w.mT):
             source = TensorDescriptor(turned, list(turned.shape), _strides(turned), [1, depth, columns])
             return cls(source, steps, IN_OUT.value)
         return cls(w, steps, POINTERS.value)
@@ -86,9 +86,9 @@ class Weights:
         if isinstance(w, Addresses):
             return cls.of(w, columns, depth)
         steps, halves = w.stride(), (2, w.shape[1] // 2)
-        if _in_tiles(x := w.unflatten(1, halves)):
+        if in_tiles(x := w.unflatten(1, halves)):
             return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, 2, columns, depth]), steps, OUT_IN.value)
-        if _in_tiles(x := w.mT.unflatten(2, halves)):
+        if in_tiles(x := w.mT.unflatten(2, halves)):
             return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, depth, 2, columns]), steps, IN_OUT.value)
         return cls(w, steps, POINTERS.value)
 
@@ -99,7 +99,7 @@ def _strides(x: Tensor) -> list[int]:
     return [unit if size == 1 else step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
 
 
-def _in_tiles(x: Tensor) -> bool:
+def in_tiles(x: Tensor) -> bool:
     """Whether the copy engine reads tiles of x."""
     unit = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % unit == 0 for step in _strides(x)[:-1])
@@ -115,6 +115,14 @@ def rows_like(x: Tensor, rows: int, columns: int) -> Tensor:
 def rows_in_tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
     """x (rows, n), made by `rows_like`, in tiles of `rows` by `depth`, zero beyond its edges."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def expert_rows_in_tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x (rows, n), made by `rows_like`, as (first row of an expert, row from there on, column), zero before row 0.
+
+    Both of the first two dimensions take a step from row to row, so a tile may begin in front of an expert's rows.
+    """
+    return TensorDescriptor(x, [x.shape[0], *x.shape], [x.stride(0), *x.stride()], [1, rows, columns])
 
 
 def grid_of(plan: Plan, columns: int, parts: int = 1) -> Callable[[Config], int]:
@@ -297,6 +305,16 @@ def plain_backward(x, numbers, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr):
     if LIMITED:
         slope = tl.where(x > numbers[1], 0.0, slope)
     return value, slope
+
+
+@triton.jit
+def kept_backward(h, ACTIVATION: tl.constexpr):
+    """(h, the derivative of act at what h = act(x) came from) of relu or its square; NaN stays NaN."""
+    if ACTIVATION == "relu":
+        return h, tl.where(h <= 0.0, 0.0, 1.0)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        return h, 2.0 * tl.sqrt(h)
 
 
 @triton.jit

@@ -72,8 +72,8 @@ def moe_experts(
         w3: (E, I, l), the up projection, exactly with gate "separate".
         b1: (E, halves * I).
         b2: (E, l).
-        keep: store the first product, (T * K, halves * I), for the backward pass rather than compute it again.
-            By default where a gradient is needed.
+        keep: store the first product, (T * K, halves * I), or what says as much, for the backward pass rather than
+            compute it again. By default where a gradient is needed.
         site: name under which a report finds this call.
 
     Returns:

@@ -20,9 +20,13 @@ import triton
 
 from s2o_inductor.kernels import cuda_moe, hopper_moe, launching
 from s2o_inductor.kernels.triton_moe_addresses import Addresses
+from s2o_inductor.kernels.triton_moe_backward import Rows
+from s2o_inductor.kernels.triton_moe_plan import Plan
+from s2o_inductor.kernels.triton_moe_tiles import Tile
 from s2o_inductor.moe_spec import ExpertSpec
 
 HOPPER, ROOM = (9, 0), 227 << 10
+KERNELS = ("grouped_kernel", "outer_kernel")
 usable = pytest.mark.skipif(hopper_moe.kernels is None, reason="this Triton has no Gluon that the kernel could use")
 
 
@@ -91,6 +95,41 @@ def test_operands_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not second(*operands)
 
 
+def test_rows_of_gradients_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each differs in one thing from what is taken; blocks lie such that as few as can be cover the gradient."""
+    launched: list[dict[str, Any]] = []
+    monkeypatch.setattr(hopper_moe, "try_launch", lambda *args: launched.append(args[3](None)) or True)
+    tile, rows, experts = facts().hopper, torch.zeros(2000, 704, dtype=torch.bfloat16), 2
+    nothing = torch.zeros(0)
+    plan = Plan(1, experts, nothing, torch.zeros(2000), torch.zeros(3), {128: nothing})
+
+    def outer(m: int, n: int, out: Any = None, of_left: Any = None, found: Tile | None = tile) -> bool:
+        left, right = of_left or Rows(rows[:, :m]), Rows(rows[:, :n])
+        return hopper_moe.outer(left, right, plan, torch.empty(experts, m, n) if out is None else out, found)
+
+    for m, n, turned in ((576, 256, False), (256, 576, True), (704, 200, True), (200, 704, False), (448, 704, True)):
+        assert outer(m, n) and launched[-1]["TURNED"] == turned, (m, n)
+        assert (launched[-1]["LEFT"], launched[-1]["RIGHT"]) == ((n, m) if turned else (m, n))
+    count = len(launched)
+    assert not outer(576, 256, found=None)
+    assert not outer(200, 192) and not outer(264, 264)
+    assert not outer(576, 256, of_left=Rows(rows[:, :576], by_token=True))
+    assert not outer(576, 256, of_left=Rows(rows[:, :576], weight=nothing))
+    assert not outer(576, 256, of_left=Rows(rows[:, 4:580]))
+    assert not outer(576, 256, Addresses(torch.zeros(2, dtype=torch.int64), torch.empty(576, 256)))
+
+    def hidden(spec: ExpertSpec, by_token: bool = False, inner: int = 320) -> bool:
+        grad, w2 = Rows(rows[:, :256], by_token), torch.zeros(experts, 256, inner, dtype=torch.bfloat16)
+        return hopper_moe.hidden_backward(
+            spec, grad, w2, plan, nothing, rows, False, rows[:, :inner], None, nothing, facts().hopper
+        )  # fmt: skip
+
+    assert hidden(ExpertSpec("silu")) and len(launched) == count + 1
+    for left in (hidden(ExpertSpec("identity")), hidden(ExpertSpec("silu", "half")), hidden(ExpertSpec("silu"), True),
+                 hidden(ExpertSpec("silu"), inner=328)):  # fmt: skip
+        assert not left
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("PassManager::run failed"), triton.errors.TritonError("no such layout")]
 )
@@ -130,14 +169,14 @@ def compiled(spec: ExpertSpec, training: bool) -> list[dict[str, Any]]:
     shape = compile_moe.Shape(600, 2, 4, 256, 384, spec, training, 132, ROOM, 90)
     walk = (compile_moe.whole_call, shape)
     launches = compile_moe._launches_of(walk)
-    jobs = [job for job in compile_moe._jobs_of([walk]) if launches[job[1]][0].__name__ == "grouped_kernel"]
+    jobs = [job for job in compile_moe._jobs_of([walk]) if launches[job[1]][0].__name__ in KERNELS]
     return [compile_moe.compile_one(*job) for job in jobs]
 
 
 @usable
 def test_compiles() -> None:
-    """For sm_90: weights in both orders, what is kept for the backward pass, and the gradient of rows."""
-    cases = {(ExpertSpec("relu2"), False): 2, (ExpertSpec("relu2", transposed=True), True): 3}
+    """For sm_90: weights in both orders, hidden rows or first products kept, and all gradients."""
+    cases = {(ExpertSpec("relu2"), True): 6, (ExpertSpec("silu", transposed=True), True): 5}
     # In processes of their own: what Triton compiles for is a setting of a process.
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [(pool.submit(compiled, *case), count) for case, count in cases.items()]

@@ -23,6 +23,8 @@ from s2o_inductor.moe_spec import ExpertSpec
 
 CASES: dict[str, dict[str, Any]] = {
     "relu2": {"spec": ExpertSpec("relu2")},
+    "relu": {"spec": ExpertSpec("relu")},
+    "relu, weighted input": {"spec": ExpertSpec("relu", score="input"), "routing": "outside", "bias": True},
     "weights on hidden rows": {"spec": ExpertSpec("silu", "half", "hidden"), "bias": True},
     "weights on the input": {"spec": ExpertSpec("silu", "half_swapped", "input", transposed=True), "bias": True},
     "GPT-OSS": {
@@ -58,6 +60,20 @@ def check_every_tile_height() -> None:
     finally:
         cuda_moe.facts_of = original
     assert heights == [16, 32, 64, 128]
+
+
+def check_squares_kept() -> None:
+    """What bfloat16, whose products the interpreter has not, keeps of relu2; nothing kept is computed again."""
+    from s2o_inductor.kernels import cuda_moe
+
+    original = cuda_moe._keeps_hidden
+    try:
+        cuda_moe._keeps_hidden = lambda *_: True
+        for keep in (True, False):
+            check(case("relu2"), keep=keep)
+        check(typed(problem(ExpertSpec("relu2", score="input"), 40, 2, 5, 24, 40, bias=True), torch.float16))
+    finally:
+        cuda_moe._keeps_hidden = original
 
 
 def check_gradients_of_weights_in_turn() -> None:
@@ -198,6 +214,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "many addresses": check_many_addresses,
     "programs that share tiles": check_shared_tiles,
     "a sorted plan": check_sorted_plan,
+    "squares kept": check_squares_kept,
     "every tile height": check_every_tile_height,
     "weights' gradients in turn": check_gradients_of_weights_in_turn,
     "only what is wanted": check_only_what_is_wanted,
@@ -214,6 +231,27 @@ def report() -> dict[str, str]:
 @pytest.mark.parametrize("name", CHECKS)
 def test_experts_kernels_in_the_interpreter(name: str, report: dict[str, str]) -> None:
     assert report[name] == "", report[name]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "columns", "hidden"),
+    [
+        (ExpertSpec("relu2"), torch.bfloat16, 40, True), (ExpertSpec("relu"), torch.float16, 40, True),
+        (ExpertSpec("relu2", score="input"), torch.bfloat16, 40, True),
+        # Squares beyond the dtype's exponents, rows that no copy engine reads, and more to know than h.
+        (ExpertSpec("relu2"), torch.float16, 40, False), (ExpertSpec("relu2"), torch.bfloat16, 37, False),
+        (ExpertSpec("relu2", limit=1.0), torch.bfloat16, 40, False),
+        (ExpertSpec("relu2", score="hidden"), torch.bfloat16, 40, False),
+        (ExpertSpec("relu2", "separate"), torch.bfloat16, 80, False), (ExpertSpec("silu"), torch.bfloat16, 40, False),
+    ],
+)  # fmt: skip
+def test_hidden_rows_are_kept_where_they_say_all(
+    spec: ExpertSpec, dtype: torch.dtype, columns: int, hidden: bool
+) -> None:
+    from s2o_inductor.kernels import cuda_moe
+
+    w2: Any = torch.empty(2, 24, 40)
+    assert cuda_moe._keeps_hidden(cuda_moe.Operands(spec, (w2.mT,), w2, None, None, columns), dtype) == hidden
 
 
 @settings(max_examples=60)
