@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, ceil_div, launch, power_of_2
 from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
@@ -201,8 +201,8 @@ def gather(z: Tensor, plan: Plan, weight: Tensor | None) -> Tensor:
         "WEIGHTED": weight is not None,
     }  # fmt: skip
     launch(
-        _gather_kernel, [Config(16, min(512, triton.next_power_of_2(x.shape[1])), 4, 1)],
-        lambda c: triton.cdiv(x.shape[0], c.rows) * triton.cdiv(x.shape[1], c.keys), lambda _: arguments,
+        _gather_kernel, [Config(16, min(512, power_of_2(x.shape[1])), 4, 1)],
+        lambda c: ceil_div(x.shape[0], c.rows) * ceil_div(x.shape[1], c.keys), lambda _: arguments,
     )  # fmt: skip
     return x
 
@@ -230,7 +230,7 @@ def first(
     def arguments(config: Config) -> dict[str, Any]:
         assert isinstance(config, Tile)
         if spec.gate in ("half", "half_swapped"):
-            weights = [Weights.of_halves(w1[0], config.keys, config.depth)]
+            weights = [Weights.of(w1[0], config.keys, config.depth, halves=True)]
         else:
             columns = config.keys * 2 if spec.gate == "interleaved" else config.keys
             weights = [Weights.of(w, columns, config.depth) for w in w1]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, ceil_div, launch, power_of_2
 from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
@@ -180,10 +180,10 @@ def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:
     """
     parts, pairs, width = y.shape
     # A thread sums columns of its own, for which nothing is exchanged; of several parts it could not hold as many rows.
-    rows = min(8 if parts == 1 else 32, triton.next_power_of_2(plan.choices))
-    config = Config(rows, min(1024, 8192 // rows, triton.next_power_of_2(width)), 4, 1)
+    rows = min(8 if parts == 1 else 32, power_of_2(plan.choices))
+    config = Config(rows, min(1024, 8192 // rows, power_of_2(width)), 4, 1)
     launch(
-        _combine_kernel, [config], lambda c: out.shape[0] * triton.cdiv(width, c.keys),
+        _combine_kernel, [config], lambda c: out.shape[0] * ceil_div(width, c.keys),
         lambda _: {
             "y_ptr": y, "keys_ptr": plan.keys, "p_ptr": p, "out_ptr": out, "pairs": pairs, "CHOICES": plan.choices,
             "EXPERTS": plan.experts, "WIDTH": width, "WEIGHTED": p is not None, "SPLITS": parts,
