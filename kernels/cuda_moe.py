@@ -172,9 +172,9 @@ class Operands:
     def of(cls, experts: Experts) -> Operands:
         """Biases of separate experts are stacked: to copy a row takes no time beside the matrix that goes with it."""
         *first, second = matrices((*experts.w1, experts.w2))
-        b1, b2 = (
+        b1, b2 = [
             x if x is None or isinstance(x, Tensor) else torch.stack(list(x)) for x in (experts.b1, experts.b2)
-        )  # fmt: skip
+        ]  # fmt: skip
         return cls(experts.spec, tuple(first), second, b1, b2, experts.columns)
 
 
@@ -189,8 +189,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
-    kept = torch.empty((ids.numel() if keep else 0, experts.columns), dtype=z.dtype, device=z.device)
-    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    kept, out = z.new_empty((ids.numel() if keep else 0, experts.columns)), z.new_empty(z.shape)
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_(), kept
     with torch.cuda.device_of(z):
@@ -204,7 +203,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         _first(operands, z, plan, weights, kept if keep else None, h, facts)
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
-        y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
+        y = z.new_empty((parts, pairs, width), dtype=kind)
         _second([h], [operands.w2], operands.b2, plan, y, facts)
         triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
     return out, kept

@@ -261,10 +261,10 @@ class _Kernel:
                 found += value.dtype, value.data_ptr() % 16 == 0
             elif isinstance(value, tuple):
                 found.append(_kind_of_numbers(value))
-            elif hasattr(value, "block_shape"):  # a descriptor of Triton's, or one of Gluon's
+            elif value is None or isinstance(value, int):
+                found.append(value)
+            elif not isinstance(value, float):  # a descriptor of Triton's, or one of Gluon's
                 found += value.base.dtype, *value.block_shape
-            else:
-                found.append(None if isinstance(value, float) else value)
         return tuple(found)
 
 

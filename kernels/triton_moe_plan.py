@@ -208,11 +208,8 @@ class Plan:
         way = _way(pairs, experts)
         if way is None:
             return cls._sorted(ids, experts)
-        # Four tensors in one, each at a multiple of 16 bytes.
-        even = -(-pairs // 4) * 4
-        sizes = [4 + 4 * _bound(pairs, experts, rows), even, even, experts + 1]
-        tiles, keys, order, firsts = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
-        plan = cls(choices, experts, keys[:pairs], order[:pairs], firsts, {rows: tiles.view(-1, 4)})
+        sizes = ((pairs,), (pairs,), (experts + 1,), (1 + _bound(pairs, experts, rows), 4))
+        keys, order, firsts, tiles = [ids.new_empty(size, dtype=torch.int32) for size in sizes]
         kernel, config, bins = way
         programs = ceil_div(pairs, config.rows)
         if kernel is _rank_kernel:
@@ -225,7 +222,7 @@ class Plan:
                 "ROWS": rows,
             },
         )  # fmt: skip
-        return plan
+        return cls(choices, experts, keys, order, firsts, {rows: tiles})
 
     @classmethod
     def _sorted(cls, ids: Tensor, experts: int) -> Plan:

@@ -108,7 +108,9 @@ def _tiling(
 def rows_like(x: Tensor, rows: int, columns: int) -> Tensor:
     """An empty (rows, columns) in x's dtype whose rows start at multiples of 16 bytes."""
     unit = 16 // x.element_size()
-    return torch.empty((rows, -(-columns // unit) * unit), dtype=x.dtype, device=x.device)[:, :columns]
+    if columns % unit == 0:
+        return x.new_empty((rows, columns))
+    return x.new_empty((rows, ceil_div(columns, unit) * unit))[:, :columns]
 
 
 def rows_in_tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:

@@ -56,8 +56,8 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         x: (..., n), float32, bfloat16 or float16, any strides; n is at most `router_ops.MAX_COLUMNS`.
         k: from 1 to n, at most `router_ops.MAX_CHOICES`.
     """
-    values = torch.empty((*x.shape[:-1], k), dtype=x.dtype, device=x.device)
-    indices = torch.empty(values.shape, dtype=torch.int64, device=x.device)
+    shape = (*x.shape[:-1], k)
+    values, indices = x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
     if values.numel() == 0:
         return values, indices
     columns = x.shape[-1]

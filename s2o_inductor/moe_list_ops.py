@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from s2o_inductor import moe_ops
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 from s2o_inductor.moe_spec import ExpertSpec, parse
-from s2o_inductor.ops import NAMESPACE
 
 _TAGS = (torch.Tag.flexible_layout,)
 _OPERANDS = "Tensor z, Tensor[] w1, Tensor[] w2, Tensor[] w3, Tensor[] b1, Tensor[] b2, Tensor ids, Tensor p"
@@ -193,7 +193,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_kept: Tensor | None) -> tuple
     return (dz, *found, None, dp, None, None, None)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::moe_experts_list", _backward, setup_context=_setup_context)
+register_autograd("moe_experts_list", _impl, _backward, _setup_context)
 
 
 def _autocast_rule(device_type: str) -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 from s2o_inductor.moe_spec import ExpertSpec, parse
-from s2o_inductor.ops import NAMESPACE, observed
+from s2o_inductor.ops import observed
 
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
@@ -248,7 +249,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_kept: Tensor | None) -> tuple
     return (*gradients[:6], None, gradients[6], None, None, None)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::moe_experts", _backward, setup_context=_setup_context)
+register_autograd("moe_experts", _impl, _backward, _setup_context)
 
 
 def _autocast_rule(device_type: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_inductor.ops import NAMESPACE
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 
 # What one CUDA launch takes: rows that fit the registers of a few warps, and choices that a router makes.
 MAX_COLUMNS = 1024
@@ -161,5 +161,5 @@ def _backward(ctx: Any, grad: Tensor, _grad_indices: Tensor | None) -> tuple[Ten
     return grad.new_zeros((*grad.shape[:-1], ctx.columns)).scatter(-1, indices, grad), None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::mm_float32", _product_backward, setup_context=_product_context)
-torch.library.register_autograd(f"{NAMESPACE}::top_k", _backward, setup_context=_setup_context)
+register_autograd("mm_float32", _product_impl, _product_backward, _product_context)
+register_autograd("top_k", _impl, _backward, _setup_context)
