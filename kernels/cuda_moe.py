@@ -53,7 +53,7 @@ class Facts:
     room: int
     capability: tuple[int, int] = (0, 0)
 
-    @property
+    @functools.cached_property
     def height(self) -> int:
         """Rows of a tile: a little above an expert's on average, so that most experts need one or all are full."""
         mean = self.pairs / self.experts
@@ -338,7 +338,12 @@ def facts_of(experts: Operands, z: Tensor, ids: Tensor) -> Facts:
             f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
             "as it is (option 'exclude' with its path, or s2o_inductor.restore(model) after prepare)"
         )
-    return Facts(z.dtype, ids.numel(), experts.w2.shape[0], *_device(z.device))
+    return _facts(z.dtype, ids.numel(), experts.w2.shape[0], z.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _facts(dtype: torch.dtype, pairs: int, experts: int, device: torch.device) -> Facts:
+    return Facts(dtype, pairs, experts, *_device(device))
 
 
 @functools.lru_cache(maxsize=16)

@@ -239,7 +239,7 @@ class _Kernel:
         jitted: the kernel, which `id` must go on to name.
         values: reads the arguments from a dictionary, in the order of the parameters.
         constants: reads those that are constants of the compiled code.
-        checked: names of those on which Triton may specialise.
+        checked: reads those on which Triton may specialise.
         compiled: what was compiled, by device and `kind_of`; None where it needs too much memory.
     """
 
@@ -249,22 +249,26 @@ class _Kernel:
         self.jitted = jitted
         self.values = operator.itemgetter(*jitted.arg_names)
         self.constants = operator.itemgetter(*constants)
-        self.checked = [n for n in jitted.arg_names if n not in _UNSPECIALIZED and n not in constants]
+        checked = [name for name in jitted.arg_names if name not in _UNSPECIALIZED and name not in constants]
+        self.checked = operator.itemgetter(*checked, "BM", "BN")  # two integers make it a tuple, whatever else there is
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def kind_of(self, config: Config, named: dict[str, Any]) -> tuple[Any, ...]:
         """What the compiled code depends on, the device aside."""
         found: list[Any] = [config.warps, config.stages, config.registers, self.constants(named)]
-        for name in self.checked:
-            value = named[name]
-            if isinstance(value, Tensor):
-                found += value.dtype, value.data_ptr() % 16 == 0
+        for value in self.checked(named):
+            if value is None:
+                found.append(None)
+            elif isinstance(value, Tensor):
+                found.append(value.dtype)
+                found.append(value.data_ptr() % 16 == 0)
             elif isinstance(value, tuple):
                 found.append(_kind_of_numbers(value))
-            elif value is None or isinstance(value, int):
+            elif isinstance(value, int):
                 found.append(value)
             elif not isinstance(value, float):  # a descriptor of Triton's, or one of Gluon's
-                found += value.base.dtype, *value.block_shape
+                found.append(value.base.dtype)
+                found += value.block_shape
         return tuple(found)
 
 

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, ceil_div, launch, power_of_2
 
-# Choices up to which a launch that compares all with all is fastest, and up to which one that counts all in every
-# program beats a sort of several launches.
+# Measured on an H100: up to so many choices a launch that compares all with all is fastest, fewer of few experts,
 _RANKED_CHOICES = 2048
+_RANKED_OF_FEW = 1024
+_FEW_EXPERTS = 128
+# and up to so many, or so many times experts, one that counts all in every program beats a sort of several launches.
 _COUNTED_CHOICES = 32768
-# Experts whose choices a program counts at once.
+_COUNTED_TOGETHER = 6 << 20
 _COUNTED_EXPERTS = 1024
 # Choices up to which each is compared with all others by every program, rather than counted in a histogram.
 _COMPARED_CHOICES = 64
@@ -200,9 +202,9 @@ class Plan:
     def of(cls, ids: Tensor, experts: int, rows: int) -> Plan:
         """The plan of ids (T, K), of any integer dtype and strides; T * K is at least 1.
 
-        Up to 32,768 choices one launch does it all, tiles of `rows` rows included: the host, which launches, is what the
-        device waits for then. More are sorted: a million keys take some tens of microseconds, where the products that
-        follow take milliseconds.
+        Up to 32,768 choices one launch does it all, tiles of `rows` rows included: then the device waits for the host,
+        which launches. More are sorted: a million keys take some tens of microseconds, where the products that follow
+        take milliseconds.
         """
         pairs, choices = ids.numel(), ids.shape[1]
         way = _way(pairs, experts)
@@ -268,11 +270,10 @@ def _bound(pairs: int, experts: int, rows: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _way(pairs: int, experts: int) -> tuple[Any, Config, int] | None:
-    """The kernel that makes a plan in one launch, how it runs, and its bins for experts; None where a sort is faster."""
-    bins = max(16, power_of_2(experts))
-    if pairs <= _RANKED_CHOICES and experts < _NARROW_EXPERTS:
-        block = max(16, power_of_2(pairs))
+    """The kernel that makes a plan in one launch, how it runs, and bins for experts; None where a sort is faster."""
+    bins, block = max(16, power_of_2(experts)), max(16, power_of_2(pairs))
+    if pairs <= (_RANKED_OF_FEW if experts <= _FEW_EXPERTS else _RANKED_CHOICES) and experts < _NARROW_EXPERTS:
         return _rank_kernel, Config(_RANKED_TOGETHER, block, 4, 1), 0 if block <= _COMPARED_CHOICES else bins
-    if pairs <= _COUNTED_CHOICES and experts <= _COUNTED_EXPERTS:
-        return _count_kernel, Config(64 if pairs <= 8192 else 256, 2048, 4, 1), bins
-    return None
+    if pairs > _COUNTED_CHOICES or experts > _COUNTED_EXPERTS or pairs * experts > _COUNTED_TOGETHER:
+        return None
+    return _count_kernel, Config(max(64, block // 128), min(block, 4096), 4 if block < 4096 else 8, 1), bins

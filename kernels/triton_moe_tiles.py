@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,7 +63,7 @@ class Tile(Config):
 class Weights:
     """Weights (E, out, in) as a kernel reads them."""
 
-    source: Tensor | TensorDescriptor
+    source: Tensor | TensorDescriptor | None
     steps: tuple[int, ...]
     layout: int
 
@@ -84,11 +83,15 @@ class Weights:
         return cls(Tiles(w, *sizes), steps, layout)
 
 
+# In place of weights that a kernel never reads: what it is given takes time to pass on.
+NO_WEIGHTS = Weights(None, (0, 0, 0), POINTERS.value)
+
+
 @functools.lru_cache(maxsize=256)
 def _tiling(
     shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, halves: bool, columns: int, depth: int
 ) -> tuple[int, tuple[list[int], list[int], list[int]]] | None:
-    """The layout of aligned weights (E, out, in) and the shape, strides and block of a descriptor; None if none fits."""
+    """The layout of aligned weights (E, out, in), and shape, strides and block of a descriptor; None if none fits."""
     (experts, out, inner), (by_expert, by_out, by_in) = shape, strides
     unit = 16 // itemsize
     for layout in (OUT_IN, IN_OUT):

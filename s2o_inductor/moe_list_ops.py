@@ -108,12 +108,11 @@ def _impl(
     z: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     ids: Tensor, p: Tensor, spec: str, keep: bool, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from s2o_inductor.kernels import moe_routing
-
     formula = parse(spec)
     _check(z, w1, w2, w3, b1, b2, ids, p, formula)
-    experts = moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None)
-    found: tuple[Tensor, Tensor] = moe_ops.kernels_of(z.device, site).forward(experts, z, ids, p, keep)
+    kernels = moe_ops.kernels_of(z.device, site)
+    experts = kernels.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None)
+    found: tuple[Tensor, Tensor] = kernels.forward(experts, z, ids, p, keep)
     return found
 
 

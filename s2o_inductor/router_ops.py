@@ -8,6 +8,8 @@ As in `ops.py`, importing needs torch alone.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -113,12 +115,18 @@ def _product_impl(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+@functools.cache
+def _on_cuda() -> ModuleType:
+    from s2o_inductor.kernels import triton_top_k
+
+    return triton_top_k
+
+
 def _impl(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check(x, k)
     if x.device.type == "cuda":
-        from s2o_inductor.kernels import triton_top_k
-
-        return triton_top_k.top_k(x, k)
+        found: tuple[Tensor, Tensor] = _on_cuda().top_k(x, k)
+        return found
     ordered, places = torch.sort(x, dim=-1, descending=True, stable=True)
     return ordered[..., :k].contiguous(), places[..., :k].contiguous()
 
