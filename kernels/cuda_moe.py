@@ -198,7 +198,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         spec, pairs, width = operands.spec, ids.numel(), z.shape[1]
         inner = operands.w2.shape[2]
         plan = Plan.of(ids, facts.experts, facts.height)
-        z, weights = _unit_rows(z), p.reshape(-1).contiguous()
+        z, weights = _unit_rows(z), p.contiguous()
         h = rows_like(z, pairs, inner)
         _first(operands, z, plan, weights, kept if keep else None, h, facts)
         parts = facts.parts(width, inner)

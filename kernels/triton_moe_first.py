@@ -220,7 +220,7 @@ def first(
         b1: (E, halves * I).
         z: (T, l), rows of unit stride.
         plan: of the call.
-        p: (T * K), contiguous.
+        p: (T * K) or (T, K), contiguous.
         pre: contiguous, columns as those of w1, one tensor after the other.
         h: rows of unit stride.
         configs: ways to run the kernel, fastest first; with a gate they compute two columns for each hidden one.
