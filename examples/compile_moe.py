@@ -136,11 +136,9 @@ def _launches_of(walk: Walk) -> list[Launch]:
     return launches
 
 
-def _values(launch: Launch, shape: Shape, config: Config) -> list[Any]:
-    kernel, _, arguments = launch
+def _named(launch: Launch, shape: Shape, config: Config) -> dict[str, Any]:
     with _noted(shape):
-        named = {**arguments(config), "BM": config.rows, "BN": config.keys}
-    return [named[name] for name in kernel.arg_names]
+        return {**launch[2](config), "BM": config.rows, "BN": config.keys}
 
 
 def _jobs_of(walks: Sequence[Walk]) -> list[tuple[Walk, int]]:
@@ -149,9 +147,9 @@ def _jobs_of(walks: Sequence[Walk]) -> list[tuple[Walk, int]]:
     for walk in walks:
         for index, launch in enumerate(_launches_of(walk)):
             kernel, config = launch[0], launch[1][0]
-            kinds = map(launching._kind, kernel.arg_names, _values(launch, walk[1], config))
+            kind = launching.kind_of(kernel, config, _named(launch, walk[1], config))
             size = config.rows * config.keys * config.stages
-            found.setdefault((kernel.__name__, config, *kinds), (size, walk, index))
+            found.setdefault((kernel.__name__, *kind), (size, walk, index))
     return [(walk, index) for _, walk, index in sorted(found.values(), key=lambda job: -job[0])]
 
 
@@ -181,7 +179,9 @@ def compile_one(walk: Walk, index: int) -> dict[str, Any]:
     triton.runtime.driver.set_active(_NoDriver(shape.capability))
     launch = _launches_of(walk)[index]
     for config in launch[1]:
-        compiled = launch[0].warmup(*_values(launch, shape, config), grid=(1,), **config.options)
+        named = _named(launch, shape, config)
+        values = [named[name] for name in launch[0].arg_names]
+        compiled = launch[0].warmup(*values, grid=(1,), **config.options)
         if compiled.metadata.shared <= shape.room:
             break
     if torch.cuda.is_available():

@@ -53,7 +53,7 @@ class Facts:
     room: int
     capability: tuple[int, int] = (0, 0)
 
-    @property
+    @functools.cached_property
     def height(self) -> int:
         """Rows of a tile: a little above an expert's on average, so that most experts need one or all are full."""
         mean = self.pairs / self.experts
@@ -172,9 +172,9 @@ class Operands:
     def of(cls, experts: Experts) -> Operands:
         """Biases of separate experts are stacked: to copy a row takes no time beside the matrix that goes with it."""
         *first, second = matrices((*experts.w1, experts.w2))
-        b1, b2 = (
+        b1, b2 = [
             x if x is None or isinstance(x, Tensor) else torch.stack(list(x)) for x in (experts.b1, experts.b2)
-        )  # fmt: skip
+        ]  # fmt: skip
         return cls(experts.spec, tuple(first), second, b1, b2, experts.columns)
 
 
@@ -191,8 +191,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
-    kept = torch.empty((ids.numel() if keep else 0, experts.columns), dtype=z.dtype, device=z.device)
-    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    kept, out = z.new_empty((ids.numel() if keep else 0, experts.columns)), z.new_empty(z.shape)
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_(), kept
     with torch.cuda.device_of(z):
@@ -201,13 +200,13 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         spec, pairs, width = operands.spec, ids.numel(), z.shape[1]
         inner = operands.w2.shape[2]
         plan = Plan.of(ids, facts.experts, facts.height)
-        z, weights = _unit_rows(z), p.reshape(-1).contiguous()
+        z, weights = _unit_rows(z), p.contiguous()
         hidden = keep and _keeps_hidden(operands, z.dtype)
         h = kept if hidden else rows_like(z, pairs, inner)
         _first(operands, z, plan, weights, kept if keep and not hidden else None, h, facts)
         parts = facts.parts(width, inner)
         kind = torch.float32 if parts > 1 else z.dtype
-        y = torch.empty((parts, pairs, width), dtype=kind, device=z.device)
+        y = z.new_empty((parts, pairs, width), dtype=kind)
         _second([h], [operands.w2], operands.b2, plan, y, facts)
         triton_moe_second.combine(y, weights if spec.score == "output" else None, plan, out)
     return out, kept
@@ -378,7 +377,12 @@ def facts_of(experts: Operands, z: Tensor, ids: Tensor) -> Facts:
             f"experts on CUDA take float16, bfloat16 and float32; got {z.dtype}: cast them, or leave the layer "
             "as it is (option 'exclude' with its path, or s2o_inductor.restore(model) after prepare)"
         )
-    return Facts(z.dtype, ids.numel(), experts.w2.shape[0], *_device(z.device))
+    return _facts(z.dtype, ids.numel(), experts.w2.shape[0], z.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _facts(dtype: torch.dtype, pairs: int, experts: int, device: torch.device) -> Facts:
+    return Facts(dtype, pairs, experts, *_device(device))
 
 
 @functools.lru_cache(maxsize=16)

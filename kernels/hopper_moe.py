@@ -186,8 +186,7 @@ def _launch(
 
     def arguments(_: Config) -> dict[str, Any]:
         rows = rows_of()
-        numbers = formula(spec)
-        del numbers["GATE"]
+        numbers = {name: value for name, value in formula(spec).items() if name != "GATE"}
         return {
             **numbers, **named, "a": _shared(rows_in_tiles(rows, ROWS.value, tile.depth)),
             "w": _shared(weights.source), "tiles_ptr": plan.tiles(tile.rows), "order_ptr": plan.order,

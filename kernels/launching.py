@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +29,6 @@ UNSPECIALIZED = [
     "pairs", "rows",
 ]  # fmt: skip
 _UNSPECIALIZED = frozenset(UNSPECIALIZED)
-_SIMPLE = frozenset((int, bool, str, type(None)))
 # What heads that run side by side read should stay in the L2 cache of a data-centre GPU.
 _CACHED_BYTES = 32 << 20
 
@@ -107,6 +108,16 @@ class TileMask:
         }
 
 
+class Tiles(TensorDescriptor):  # type: ignore[misc]
+    """A tensor in tiles, made of numbers that are known to be right.
+
+    Triton's own class checks each of them, and the address, whenever one is made, which takes longer than all else.
+    """
+
+    def __post_init__(self) -> None:
+        """Checks nothing."""
+
+
 def _dense_tiles(mask: Tensor, keys: int, block: tuple[int, int]) -> tuple[TensorDescriptor, tuple[int, ...]]:
     """A dense mask in tiles of `block`, and by how much a step in batch, head and query moves in it (0 or 1)."""
     x = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
@@ -115,7 +126,7 @@ def _dense_tiles(mask: Tensor, keys: int, block: tuple[int, int]) -> tuple[Tenso
     rows = block[0] if x.shape[2] > 1 else 1
     x = aligned(x.expand(*x.shape[:3], keys))
     steps = tuple(int(n > 1) for n in x.shape[:3])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block[1]]), steps
+    return Tiles(x, list(x.shape), list(x.stride()), [1, 1, rows, block[1]]), steps
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
@@ -123,18 +134,28 @@ def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
 
     On Hopper and later such tiles are fetched by the bulk copy engine, elsewhere by ordinary loads.
     """
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_width(x.shape[3])])
+    return Tiles(x, list(x.shape), list(x.stride()), [1, 1, rows, block_width(x.shape[3])])
 
 
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """x (B * H, S), contiguous, in pieces of `rows` of its numbers; S is a multiple of `rows`."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows])
+    return Tiles(x, list(x.shape), list(x.stride()), [1, rows])
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv` prepares for compile time first, which takes ten times as long."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n, a positive number; see `ceil_div`."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=1024)
 def block_width(width: int) -> int:
     """Columns of a tile that holds `width`: a power of two that a matrix instruction takes."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, power_of_2(width))
 
 
 def heads_last(like: Tensor, heads: int, length: int, width: int) -> Tensor:
@@ -211,8 +232,65 @@ def query_configs(dtype: torch.dtype, width: int) -> list[Config]:
     return [Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 4, 1)]
 
 
-# What was compiled for a kernel, a config and the kinds of its arguments; None where it needs too much memory.
-_compiled: dict[tuple[Any, ...], Any] = {}
+class _Kernel:
+    """What `launch` has to know about a jitted kernel, found once.
+
+    Attributes:
+        jitted: the kernel, which `id` must go on to name.
+        values: reads the arguments from a dictionary, in the order of the parameters.
+        constants: reads those that are constants of the compiled code.
+        checked: reads those on which Triton may specialise.
+        compiled: what was compiled, by device and `kind_of`; None where it needs too much memory.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        parameters = inspect.signature(jitted.fn).parameters.values()
+        constants = [one.name for one in parameters if "constexpr" in str(one.annotation)]
+        self.jitted = jitted
+        self.values = operator.itemgetter(*jitted.arg_names)
+        self.constants = operator.itemgetter(*constants)
+        checked = [name for name in jitted.arg_names if name not in _UNSPECIALIZED and name not in constants]
+        self.checked = operator.itemgetter(*checked, "BM", "BN")  # two integers make it a tuple, whatever else there is
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def kind_of(self, config: Config, named: dict[str, Any]) -> tuple[Any, ...]:
+        """What the compiled code depends on, the device aside."""
+        found: list[Any] = [config.warps, config.stages, config.registers, self.constants(named)]
+        for value in self.checked(named):
+            if value is None:
+                found.append(None)
+            elif isinstance(value, Tensor):
+                found.append(value.dtype)
+                found.append(value.data_ptr() % 16 == 0)
+            elif isinstance(value, tuple):
+                found.append(_kind_of_numbers(value))
+            elif isinstance(value, int):
+                found.append(value)
+            elif not isinstance(value, float):  # a descriptor of Triton's, or one of Gluon's
+                found.append(value.base.dtype)
+                found += value.block_shape
+        return tuple(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind_of_numbers(numbers: tuple[int, ...]) -> tuple[Any, ...]:
+    """What Triton may specialise on in a tuple of strides."""
+    return tuple((x if x in (0, 1) else 2, x % 16 == 0, x < 1 << 31) for x in numbers)
+
+
+_kernels: dict[int, _Kernel] = {}
+
+
+def kind_of(kernel: Any, config: Config, named: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a launch the compiled code depends on, hashable; `named` are its arguments, BM and BN among them."""
+    return _known(kernel).kind_of(config, named)
+
+
+def _known(kernel: Any) -> _Kernel:
+    found = _kernels.get(id(kernel))
+    if found is None:
+        found = _kernels[id(kernel)] = _Kernel(kernel)
+    return found
 
 
 def launch(
@@ -222,40 +300,51 @@ def launch(
     """Runs the first configuration that the device has room for.
 
     Triton takes 200 us to find the compiled kernel for so many arguments. Found once, it is called
-    directly for arguments of the same kinds, which takes a third of that.
+    directly for arguments of the same kinds, which takes a fraction of that.
 
     Args:
         kernel: jitted, with constexpr parameters BM and BN; integers it takes are all in `UNSPECIALIZED`.
         configs: candidates in order of preference.
         grid: number of programs.
-        arguments: the kernel's other arguments, by name.
+        arguments: the kernel's other arguments, by name, in a dictionary to which BM and BN are added.
 
     Raises:
         triton.runtime.errors.OutOfResources: none fits.
     """
+    known = _known(kernel)
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     for config in configs:
         named = arguments(config)
         named["BM"], named["BN"] = config.rows, config.keys
-        values = [named[name] for name in kernel.arg_names]
-        key = (id(kernel), device, config, *map(_kind, kernel.arg_names, values))
-        compiled = _compiled.get(key, False)
+        key = (device, *known.kind_of(config, named))
+        compiled = known.compiled.get(key, False)
         if compiled is None and config is not configs[-1]:
             continue
         if compiled:
-            compiled[(grid(config), 1, 1)](*values)
+            _run(compiled, grid(config), device, known.values(named))
             return
         try:
             # The interpreter returns None here: it has nothing to keep.
-            compiled = kernel[(grid(config),)](*values, **config.options)
+            compiled = kernel[(grid(config),)](*known.values(named), **config.options)
         except triton.runtime.errors.OutOfResources:
-            _compiled[key] = None
+            known.compiled[key] = None
             if config is configs[-1]:
                 raise
             continue
         if compiled is not None:
-            _compiled[key] = compiled
+            known.compiled[key] = compiled
         return
+
+
+def _run(compiled: Any, programs: int, device: int | None, values: tuple[Any, ...]) -> None:
+    """Launches a compiled kernel that ran before, on the current stream of the device, which is the current one."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains, each by default an empty one
+        compiled[(programs, 1, 1)](*values)
+        return
+    # Without hooks nobody reads what Triton would gather for them at every launch.
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
 # Kinds of calls of experimental kernels that did not compile; they are not tried again.
@@ -293,18 +382,3 @@ def try_launch(
         _failed.add((id(kernel), *kind))
         return False
     return True
-
-
-def _kind(name: str, value: Any) -> Any:
-    """What Triton's choice of a compiled kernel may depend on in one argument, or more."""
-    if type(value) in _SIMPLE:  # most are, and every launch asks for all
-        return None if name in _UNSPECIALIZED else value
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if hasattr(value, "block_shape"):  # a descriptor of Triton's, or one of Gluon's
-        return value.base.dtype, *value.block_shape
-    if isinstance(value, tuple):
-        return tuple((x if x in (0, 1) else 2, x % 16 == 0, x < 1 << 31) for x in value)
-    if isinstance(value, float) or name in _UNSPECIALIZED:
-        return None
-    return value

@@ -49,7 +49,7 @@ class Experts:
     @property
     def columns(self) -> int:
         """Columns of the first product."""
-        return sum(w[0].shape[0] for w in self.w1)
+        return sum([w.shape[1] if isinstance(w, Tensor) else w[0].shape[0] for w in self.w1])
 
 
 def flipped(weights: PerExpert) -> PerExpert:

@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, ceil_div, launch, power_of_2
 from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
     ALTERNATING,
     HALVES,
+    NO_WEIGHTS,
     PLAIN,
     SEPARATE,
     Tile,
@@ -201,8 +202,8 @@ def gather(z: Tensor, plan: Plan, weight: Tensor | None) -> Tensor:
         "WEIGHTED": weight is not None,
     }  # fmt: skip
     launch(
-        _gather_kernel, [Config(16, min(512, triton.next_power_of_2(x.shape[1])), 4, 1)],
-        lambda c: triton.cdiv(x.shape[0], c.rows) * triton.cdiv(x.shape[1], c.keys), lambda _: arguments,
+        _gather_kernel, [Config(16, min(512, power_of_2(x.shape[1])), 4, 1)],
+        lambda c: ceil_div(x.shape[0], c.rows) * ceil_div(x.shape[1], c.keys), lambda _: arguments,
     )  # fmt: skip
     return x
 
@@ -219,7 +220,7 @@ def first(
         b1: (E, halves * I).
         z: (T, l), rows of unit stride.
         plan: of the call.
-        p: (T * K), contiguous.
+        p: (T * K) or (T, K), contiguous.
         pre: contiguous, columns as those of w1, one tensor after the other.
         h: rows of unit stride.
         configs: ways to run the kernel, fastest first; with a gate they compute two columns for each hidden one.
@@ -229,20 +230,17 @@ def first(
 
     def arguments(config: Config) -> dict[str, Any]:
         assert isinstance(config, Tile)
-        if spec.gate in ("half", "half_swapped"):
-            weights = [Weights.of_halves(w1[0], config.keys, config.depth)]
-        else:
-            columns = config.keys * 2 if spec.gate == "interleaved" else config.keys
-            weights = [Weights.of(w, columns, config.depth) for w in w1]
+        columns = config.keys * 2 if spec.gate == "interleaved" else config.keys
+        w = Weights.of(w1[0], columns, config.depth, halves=spec.gate in ("half", "half_swapped"))
+        up = Weights.of(w1[1], columns, config.depth) if len(w1) == 2 else NO_WEIGHTS
         x_tiles = None
         if config.programs:
             x = gather(z, plan, p if spec.score == "input" else None)
             x_tiles = rows_in_tiles(x, config.rows, config.depth)
         return {
             "z_ptr": z, "z_steps": z.stride()[:1], "x_tiles": x_tiles, "SHARED": config.programs > 0,
-            "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows), "w": weights[0].source,
-            "w_steps": weights[0].steps, "LAYOUT": weights[0].layout, "up_w": weights[-1].source,
-            "up_steps": weights[-1].steps, "UP_LAYOUT": weights[-1].layout, "b1_ptr": b1,
+            "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows), "w": w.source, "w_steps": w.steps,
+            "LAYOUT": w.layout, "up_w": up.source, "up_steps": up.steps, "UP_LAYOUT": up.layout, "b1_ptr": b1,
             "b1_steps": (0, 0) if b1 is None else b1.stride(), "p_ptr": p, "pre_ptr": pre, "h_ptr": h,
             "h_steps": (0,) if h is None else h.stride()[:1], "CHOICES": plan.choices, "WIDTH": z.shape[1],
             "INNER": inner, "GATE_AT": inner if swapped else 0, "UP_AT": 0 if swapped else inner,

@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, ceil_div, launch, power_of_2
 from s2o_inductor.kernels.triton_moe_addresses import Matrices
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.kernels.triton_moe_tiles import (
+    NO_WEIGHTS,
     Tile,
     Weights,
     grid_of,
@@ -156,12 +157,14 @@ def second(
 
     def arguments(config: Config) -> dict[str, Any]:
         assert isinstance(config, Tile)
-        weights = [Weights.of(x, config.keys, config.depth) for x in w]
-        rows = [rows_in_tiles(x, config.rows, config.depth) for x in a]
+        one, two, a2_tiles = Weights.of(w[0], config.keys, config.depth), NO_WEIGHTS, None
+        if len(w) == 2:
+            two = Weights.of(w[1], config.keys, config.depth)
+            a2_tiles = rows_in_tiles(a[1], config.rows, config.depth)
         return {
-            "a_tiles": rows[0], "w": weights[0].source, "w_steps": weights[0].steps, "LAYOUT": weights[0].layout,
-            "a2_tiles": rows[-1], "w2": weights[-1].source, "w2_steps": weights[-1].steps,
-            "LAYOUT2": weights[-1].layout, "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows),
+            "a_tiles": rows_in_tiles(a[0], config.rows, config.depth), "w": one.source, "w_steps": one.steps,
+            "LAYOUT": one.layout, "a2_tiles": a2_tiles, "w2": two.source, "w2_steps": two.steps,
+            "LAYOUT2": two.layout, "order_ptr": plan.order, "tiles_ptr": plan.tiles(config.rows),
             "bias_ptr": bias, "bias_steps": (0, 0) if bias is None else bias.stride(),
             "x_ptr": scored and scored.x, "x_steps": scored.x.stride()[:1] if scored else (0,),
             "p_ptr": scored and scored.p, "share_ptr": scored and scored.share, "y_ptr": y, "pairs": pairs,
@@ -180,10 +183,10 @@ def combine(y: Tensor, p: Tensor | None, plan: Plan, out: Tensor) -> None:
     """
     parts, pairs, width = y.shape
     # A thread sums columns of its own, for which nothing is exchanged; of several parts it could not hold as many rows.
-    rows = min(8 if parts == 1 else 32, triton.next_power_of_2(plan.choices))
-    config = Config(rows, min(1024, 8192 // rows, triton.next_power_of_2(width)), 4, 1)
+    rows = min(8 if parts == 1 else 32, power_of_2(plan.choices))
+    config = Config(rows, min(1024, 8192 // rows, power_of_2(width)), 4, 1)
     launch(
-        _combine_kernel, [config], lambda c: out.shape[0] * triton.cdiv(width, c.keys),
+        _combine_kernel, [config], lambda c: out.shape[0] * ceil_div(width, c.keys),
         lambda _: {
             "y_ptr": y, "keys_ptr": plan.keys, "p_ptr": p, "out_ptr": out, "pairs": pairs, "CHOICES": plan.choices,
             "EXPERTS": plan.experts, "WIDTH": width, "WEIGHTED": p is not None, "SPLITS": parts,

@@ -12,16 +12,16 @@ Sizes of weights are constants of a compiled kernel, numbers of tokens are not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from s2o_inductor.kernels.launching import Config
+from s2o_inductor.kernels.launching import Config, Tiles, ceil_div
 from s2o_inductor.kernels.triton_moe_addresses import Addresses, Matrices, address_of
 from s2o_inductor.kernels.triton_moe_plan import Plan
 from s2o_inductor.moe_spec import ExpertSpec
@@ -63,58 +63,76 @@ class Tile(Config):
 class Weights:
     """Weights (E, out, in) as a kernel reads them."""
 
-    source: Tensor | TensorDescriptor
+    source: Tensor | TensorDescriptor | None
     steps: tuple[int, ...]
     layout: int
 
     @classmethod
-    def of(cls, w: Matrices, columns: int, depth: int) -> Weights:
-        """w in tiles of `columns` of out and `depth` of in, zero beyond its edges."""
+    def of(cls, w: Matrices, columns: int, depth: int, halves: bool = False) -> Weights:
+        """w in tiles of `columns` of out and `depth` of in, zero beyond its edges.
+
+        With `halves` out is two times n, and a tile has as many columns of each, zero beyond the edges of both.
+        """
         steps = w.stride()
         if isinstance(w, Addresses):
             return cls(w.table, steps, ADDRESSES.value)
-        if in_tiles(w):
-            return cls(TensorDescriptor(w, list(w.shape), _strides(w), [1, columns, depth]), steps, OUT_IN.value)
-        if in_tiles(turned := w.mT):
-            source = TensorDescriptor(turned, list(turned.shape), _strides(turned), [1, depth, columns])
-            return cls(source, steps, IN_OUT.value)
-        return cls(w, steps, POINTERS.value)
-
-    @classmethod
-    def of_halves(cls, w: Matrices, columns: int, depth: int) -> Weights:
-        """w (E, 2 * n, in) in tiles of `columns` of each half of out and `depth` of in, zero beyond their edges."""
-        if isinstance(w, Addresses):
-            return cls.of(w, columns, depth)
-        steps, halves = w.stride(), (2, w.shape[1] // 2)
-        if in_tiles(x := w.unflatten(1, halves)):
-            return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, 2, columns, depth]), steps, OUT_IN.value)
-        if in_tiles(x := w.mT.unflatten(2, halves)):
-            return cls(TensorDescriptor(x, list(x.shape), _strides(x), [1, depth, 2, columns]), steps, IN_OUT.value)
-        return cls(w, steps, POINTERS.value)
+        tiling = _tiling(w.shape, steps, w.element_size(), halves, columns, depth)
+        if tiling is None or w.data_ptr() % 16:
+            return cls(w, steps, POINTERS.value)
+        layout, sizes = tiling
+        return cls(Tiles(w, *sizes), steps, layout)
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Strides that the copy engine takes: those of dimensions of size one mean nothing and may be anything."""
-    unit = 16 // x.element_size()
-    return [unit if size == 1 else step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
+# In place of weights that a kernel never reads: what it is given takes time to pass on.
+NO_WEIGHTS = Weights(None, (0, 0, 0), POINTERS.value)
+
+
+@functools.lru_cache(maxsize=256)
+def _tiling(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, halves: bool, columns: int, depth: int
+) -> tuple[int, tuple[list[int], list[int], list[int]]] | None:
+    """The layout of aligned weights (E, out, in), and shape, strides and block of a descriptor; None if none fits."""
+    (experts, out, inner), (by_expert, by_out, by_in) = shape, strides
+    for layout in (OUT_IN, IN_OUT):
+        rows, row_step = ([2, out // 2], [out // 2 * by_out, by_out]) if halves else ([out], [by_out])
+        blocks = [2, columns] if halves else [columns]
+        if layout is OUT_IN:
+            sizes, steps, block = [experts, *rows, inner], [by_expert, *row_step, by_in], [1, *blocks, depth]
+        else:
+            sizes, steps, block = [experts, inner, *rows], [by_expert, by_in, *row_step], [1, depth, *blocks]
+        if (read := _read_steps(sizes, steps, itemsize)) is not None:
+            return layout.value, (sizes, read, block)
+    return None
+
+
+def _read_steps(sizes: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int] | None:
+    """Strides by which the copy engine reads aligned numbers in these, None if it cannot.
+
+    Strides of dimensions of size one mean nothing and may be anything.
+    """
+    unit = 16 // itemsize
+    read = [unit if size == 1 else step for size, step in zip(sizes[:-1], steps[:-1], strict=True)]
+    if (steps[-1] == 1 or sizes[-1] == 1) and all(step > 0 and step % unit == 0 for step in read):
+        return [*read, 1]
+    return None
 
 
 def in_tiles(x: Tensor) -> bool:
     """Whether the copy engine reads tiles of x."""
-    unit = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % unit == 0 for step in _strides(x)[:-1])
-    return aligned and (x.stride(-1) == 1 or x.shape[-1] == 1)
+    return x.data_ptr() % 16 == 0 and _read_steps(x.shape, x.stride(), x.element_size()) is not None
 
 
 def rows_like(x: Tensor, rows: int, columns: int) -> Tensor:
     """An empty (rows, columns) in x's dtype whose rows start at multiples of 16 bytes."""
     unit = 16 // x.element_size()
-    return torch.empty((rows, -(-columns // unit) * unit), dtype=x.dtype, device=x.device)[:, :columns]
+    if columns % unit == 0:
+        return x.new_empty((rows, columns))
+    return x.new_empty((rows, ceil_div(columns, unit) * unit))[:, :columns]
 
 
 def rows_in_tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
     """x (rows, n), made by `rows_like`, in tiles of `rows` by `depth`, zero beyond its edges."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+    return Tiles(x, list(x.shape), list(x.stride()), [rows, depth])
 
 
 def expert_rows_in_tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -122,7 +140,7 @@ def expert_rows_in_tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor
 
     Both of the first two dimensions take a step from row to row, so a tile may begin in front of an expert's rows.
     """
-    return TensorDescriptor(x, [x.shape[0], *x.shape], [x.stride(0), *x.stride()], [1, rows, columns])
+    return Tiles(x, [x.shape[0], *x.shape], [x.stride(0), *x.stride()], [1, rows, columns])
 
 
 def grid_of(plan: Plan, columns: int, parts: int = 1) -> Callable[[Config], int]:
@@ -130,12 +148,13 @@ def grid_of(plan: Plan, columns: int, parts: int = 1) -> Callable[[Config], int]
 
     def grid(config: Config) -> int:
         assert isinstance(config, Tile)
-        return config.programs or plan.bound(config.rows) * triton.cdiv(columns, config.keys) * parts
+        return config.programs or plan.bound(config.rows) * ceil_div(columns, config.keys) * parts
 
     return grid
 
 
-def formula(spec: ExpertSpec) -> dict[str, Any]:
+@functools.lru_cache(maxsize=256)
+def formula(spec: ExpertSpec) -> Mapping[str, Any]:
     """The formula of an expert as arguments of a kernel."""
     gate = {"none": PLAIN, "interleaved": ALTERNATING, "separate": SEPARATE}.get(spec.gate, HALVES)
     return {

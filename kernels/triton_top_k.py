@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, launch
+from s2o_inductor.kernels.launching import UNSPECIALIZED, Config, ceil_div, launch, power_of_2
 
 # Rows from which on each has a warp, which exchanges numbers without a barrier; fewer get four, for their latency.
 _MANY_ROWS = 1024
@@ -56,18 +56,18 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         x: (..., n), float32, bfloat16 or float16, any strides; n is at most `router_ops.MAX_COLUMNS`.
         k: from 1 to n, at most `router_ops.MAX_CHOICES`.
     """
-    values = torch.empty((*x.shape[:-1], k), dtype=x.dtype, device=x.device)
-    indices = torch.empty(values.shape, dtype=torch.int64, device=x.device)
+    shape = (*x.shape[:-1], k)
+    values, indices = x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
     if values.numel() == 0:
         return values, indices
     columns = x.shape[-1]
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
     with torch.cuda.device_of(x):
         launch(
-            _top_k_kernel, [config_of(flat.shape[0], columns)], lambda config: triton.cdiv(flat.shape[0], config.rows),
+            _top_k_kernel, [config_of(flat.shape[0], columns)], lambda config: ceil_div(flat.shape[0], config.rows),
             lambda _: {
                 "x_ptr": flat, "x_steps": flat.stride(), "values_ptr": values, "indices_ptr": indices,
-                "rows": flat.shape[0], "COLUMNS": columns, "CHOICES": k, "ROOM": max(2, triton.next_power_of_2(k)),
+                "rows": flat.shape[0], "COLUMNS": columns, "CHOICES": k, "ROOM": max(2, power_of_2(k)),
             },
         )  # fmt: skip
     return values, indices
@@ -76,7 +76,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=1024)
 def config_of(rows: int, columns: int) -> Config:
     """How rows of so many columns are shared out."""
-    block = max(2, triton.next_power_of_2(columns))
+    block = max(2, power_of_2(columns))
     if rows < _MANY_ROWS:
         return Config(1, block, 4 if block >= 128 else 1, 1)
     return Config(max(1, _NUMBERS // block), block, 1, 1)

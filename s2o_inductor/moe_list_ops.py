@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from s2o_inductor import moe_ops
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 from s2o_inductor.moe_spec import ExpertSpec, parse
-from s2o_inductor.ops import NAMESPACE
 
 _TAGS = (torch.Tag.flexible_layout,)
 _OPERANDS = "Tensor z, Tensor[] w1, Tensor[] w2, Tensor[] w3, Tensor[] b1, Tensor[] b2, Tensor ids, Tensor p"
@@ -108,12 +108,11 @@ def _impl(
     z: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     ids: Tensor, p: Tensor, spec: str, keep: bool, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from s2o_inductor.kernels import moe_routing
-
     formula = parse(spec)
     _check(z, w1, w2, w3, b1, b2, ids, p, formula)
-    experts = moe_routing.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None)
-    found: tuple[Tensor, Tensor] = moe_ops.kernels_of(z.device, site).forward(experts, z, ids, p, keep)
+    kernels = moe_ops.kernels_of(z.device, site)
+    experts = kernels.Experts.of(formula, w1, w2, w3 or None, b1 or None, b2 or None)
+    found: tuple[Tensor, Tensor] = kernels.forward(experts, z, ids, p, keep)
     return found
 
 
@@ -193,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_kept: Tensor | None) -> tuple
     return (dz, *found, None, dp, None, None, None)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::moe_experts_list", _backward, setup_context=_setup_context)
+register_autograd("moe_experts_list", _impl, _backward, _setup_context)
 
 
 def _autocast_rule(device_type: str) -> Any:

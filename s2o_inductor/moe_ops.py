@@ -9,6 +9,7 @@ shapes, never from the routing: no host synchronisation, no data-dependent size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 from s2o_inductor.moe_spec import ExpertSpec, parse
-from s2o_inductor.ops import NAMESPACE, observed
+from s2o_inductor.ops import observed
 
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
@@ -111,12 +113,14 @@ def check_operands(
     spec: ExpertSpec,
 ) -> None:  # fmt: skip
     """Raises ValueError unless the operands of `moe_experts` fit together; reads shapes and dtypes alone."""
+    # Lists and loops rather than generators: every call of a layer comes here, and at times its device waits.
     floats = [("z", z), ("w1", w1), ("w2", w2), ("w3", w3), ("b1", b1), ("b2", b2)]
     given = [(name, x) for name, x in floats if x is not None]
-    if z.dtype not in _DTYPES or any(x.dtype != z.dtype for _, x in given):
+    dtype, device = z.dtype, z.device
+    if dtype not in _DTYPES or [name for name, x in given if x.dtype != dtype]:
         kinds = ", ".join(f"{name} {x.dtype}" for name, x in given)
         raise ValueError(f"experts need tokens and weights of one floating dtype; got {kinds}: cast them first")
-    if any(x.device != z.device for x in (*(x for _, x in given), ids, p)):
+    if ids.device != device or p.device != device or [name for name, x in given if x.device != device]:
         raise ValueError(
             "experts need all tensors on one device; got " + ", ".join(f"{n} {x.device}" for n, x in given)
         )
@@ -134,16 +138,17 @@ def check_operands(
     number, width, inner = w2.shape[0], *(w2.shape[:0:-1] if spec.transposed else w2.shape[1:])
     columns = inner if spec.gate == "separate" else spec.halves * inner
     wanted = {
-        "z": (z, (ids.shape[0], width)),
-        "w1": (w1, (number, width, columns) if spec.transposed else (number, columns, width)),
-        "w3": (w3, tuple(w1.shape)),
-        "b1": (b1, (number, spec.halves * inner)),
-        "b2": (b2, (number, width)),
+        "z": (ids.shape[0], width),
+        "w1": (number, width, columns) if spec.transposed else (number, columns, width),
+        "w3": tuple(w1.shape),
+        "b1": (number, spec.halves * inner),
+        "b2": (number, width),
     }
-    for name, (x, shape) in wanted.items():
-        if x is not None and tuple(x.shape) != shape:
+    for name, x in given:
+        if name in wanted and x.shape != wanted[name]:
             raise ValueError(
-                f"with w2 {tuple(w2.shape)} and ids {tuple(ids.shape)}, {name} must be {shape}; got {tuple(x.shape)}"
+                f"with w2 {tuple(w2.shape)} and ids {tuple(ids.shape)}, {name} must be {wanted[name]}; "
+                f"got {tuple(x.shape)}"
             )
 
 
@@ -151,43 +156,46 @@ def _impl(
     z: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None, ids: Tensor, p: Tensor,
     spec: str, keep: bool, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from s2o_inductor.kernels import moe_cpu
-
     formula = parse(spec)
     check_operands(z, w1, w2, w3, b1, b2, ids, p, formula)
-    return kernels_of(z.device, site).forward(moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
+    kernels = kernels_of(z.device, site)
+    found: tuple[Tensor, Tensor] = kernels.forward(kernels.Experts.of(formula, w1, w2, w3, b1, b2), z, ids, p, keep)
+    return found
 
 
 def _backward_impl(
     grad: Tensor, z: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None,
     ids: Tensor, p: Tensor, kept: Tensor, spec: str, wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from s2o_inductor.kernels import moe_cpu
-
-    formula = parse(spec)
+    formula, kernels = parse(spec), kernels_of(z.device)
     empty = _gradients(z, w1, w2, w3, b1, b2, p, wanted)
     into = [x if needed and x.numel() else None for x, needed in zip(empty, wanted, strict=True)]
     weights = [x.mT if x is not None and formula.transposed else x for x in into[1:4]]
     first = (weights[0],) if w3 is None else (weights[0], weights[2])
-    kernels_of(z.device).backward(
-        moe_cpu.Experts.of(formula, w1, w2, w3, b1, b2), grad, z, ids, p, kept,
-        moe_cpu.Gradients(into[0], first, weights[1], into[4], into[5], into[6]),
+    kernels.backward(
+        kernels.Experts.of(formula, w1, w2, w3, b1, b2), grad, z, ids, p, kept,
+        kernels.Gradients(into[0], first, weights[1], into[4], into[5], into[6]),
     )  # fmt: skip
     return empty
 
 
 def kernels_of(device: torch.device, site: str = "") -> ModuleType:
-    """The module whose `forward` and `backward` run on a device, which the report of `site` then says."""
+    """The module that runs experts on a device, as the report of `site` then says: `forward`, `backward`, `Experts`."""
     if device.type not in _KERNELS:
         raise NotImplementedError(
             f"s2o::moe_experts has no {device.type} kernel in this version; leave the layer as it is there "
             "(option 'exclude' with its path)"
         )
-    from s2o_inductor.kernels import moe_cpu
-
     if site and observed.get(site) is None:
         observed[site] = ("triton" if device.type == "cuda" else "cpu-grouped", "")
-    if device.type != "cuda":
+    return _imported(device.type)
+
+
+@functools.cache
+def _imported(device_type: str) -> ModuleType:
+    if device_type != "cuda":
+        from s2o_inductor.kernels import moe_cpu
+
         return moe_cpu
     from s2o_inductor.kernels import cuda_moe
 
@@ -248,7 +256,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_kept: Tensor | None) -> tuple
     return (*gradients[:6], None, gradients[6], None, None, None)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::moe_experts", _backward, setup_context=_setup_context)
+register_autograd("moe_experts", _impl, _backward, _setup_context)
 
 
 def _autocast_rule(device_type: str) -> Any:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from s2o_inductor import sparse_policy
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 from s2o_inductor.mask_spec import parse
 
 log = logging.getLogger("s2o_inductor")
-NAMESPACE = "s2o"
 # Kernels take every stride as it comes, so Inductor need not make copies.
 _TAGS = (torch.Tag.flexible_layout,)
 # A tile table row is (first, first_full, end_full, end): see kernels/mask.py.
@@ -328,7 +328,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     return (grad_q, grad_k, grad_v, None, *none_lists, None, None if sinks is None else grad_sinks, *[None] * 4)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context)
+register_autograd("attention", _attention_impl, _backward, _setup_context)
 
 
 def _no_gradient(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> None:
@@ -337,7 +337,7 @@ def _no_gradient(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> None
     )
 
 
-torch.library.register_autograd(f"{NAMESPACE}::sparse_attention", _no_gradient)
+register_autograd("sparse_attention", _sparse_attention_impl, _no_gradient)
 
 
 def _autocast_rule(device_type: str) -> Any:

@@ -8,12 +8,14 @@ As in `ops.py`, importing needs torch alone.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2o_inductor.ops import NAMESPACE
+from s2o_inductor.dispatch import NAMESPACE, register_autograd
 
 # What one CUDA launch takes: rows that fit the registers of a few warps, and choices that a router makes.
 MAX_COLUMNS = 1024
@@ -113,12 +115,18 @@ def _product_impl(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+@functools.cache
+def _on_cuda() -> ModuleType:
+    from s2o_inductor.kernels import triton_top_k
+
+    return triton_top_k
+
+
 def _impl(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check(x, k)
     if x.device.type == "cuda":
-        from s2o_inductor.kernels import triton_top_k
-
-        return triton_top_k.top_k(x, k)
+        found: tuple[Tensor, Tensor] = _on_cuda().top_k(x, k)
+        return found
     ordered, places = torch.sort(x, dim=-1, descending=True, stable=True)
     return ordered[..., :k].contiguous(), places[..., :k].contiguous()
 
@@ -161,5 +169,5 @@ def _backward(ctx: Any, grad: Tensor, _grad_indices: Tensor | None) -> tuple[Ten
     return grad.new_zeros((*grad.shape[:-1], ctx.columns)).scatter(-1, indices, grad), None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::mm_float32", _product_backward, setup_context=_product_context)
-torch.library.register_autograd(f"{NAMESPACE}::top_k", _backward, setup_context=_setup_context)
+register_autograd("mm_float32", _product_impl, _product_backward, _product_context)
+register_autograd("top_k", _impl, _backward, _setup_context)

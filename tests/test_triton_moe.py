@@ -111,29 +111,35 @@ def check_shared_tiles() -> None:
             assert torch.equal(x, shared[name]), name
 
 
-def check_sorted_plan() -> None:
-    """Choices too many to be compared are counted, and too many for one launch sorted: the same plan, the same bits."""
+def check_ways_to_plan() -> None:
+    """Choices compared with each other, counted in two ways, or sorted: the same plan, and the same bits of results."""
     from s2o_inductor.kernels import triton_moe_plan as plans
+    from s2o_inductor.kernels.launching import Config
 
-    made, ways = leaves(case("choices outside")), []
-    before = plans._COMPARED_CHOICES, plans._RANKED_CHOICES
-    # Of an expert more choices than a tile has rows, and then fewer.
+    made, found, before = leaves(case("choices outside")), [], plans._way
+    # Of an expert more choices than a tile has rows, and then fewer; and in several blocks, strided, with strangers.
     few = [made.ids, torch.tensor([[2] * 5, [2] * 5, [2] * 5, [4] * 5, [-1, 0, 9, 2, 2]])]
+    many = [torch.randint(-1, 6, (71, 6), generator=torch.Generator().manual_seed(seed))[:, ::2] for seed in (0, 1)]
+    many += [torch.full((90, 2), expert, dtype=torch.int32) for expert in (4, 5)]
+    ways: list[Any] = [
+        None, (plans._rank_kernel, Config(16, 256, 4, 1), 0), (plans._rank_kernel, Config(16, 256, 4, 1), 16),
+        (plans._count_kernel, Config(32, 64, 4, 1), 16), (plans._count_kernel, Config(64, 32, 4, 1), 16),
+    ]  # fmt: skip
     try:
-        for limits in ((2048, 2048), (0, 2048), (0, 0)):
-            plans._COMPARED_CHOICES, plans._RANKED_CHOICES = limits
-            ways.append(([plans.Plan.of(ids, 5, 16) for ids in few], made.run(moe_experts)))
+        for way in ways:
+            plans._way = lambda *_, way=way: way
+            found.append(([plans.Plan.of(ids, 5, 16) for ids in few + many], made.run(moe_experts)))
     finally:
-        plans._COMPARED_CHOICES, plans._RANKED_CHOICES = before
-    sorts, first = ways[-1]
-    for others, results in ways[:-1]:
-        for found, other in zip(sorts, others, strict=True):
+        plans._way = before
+    (sorts, first), *rest = found
+    for others, results in rest:
+        for plan, other in zip(sorts, others, strict=True):
             for name in ("keys", "order", "firsts"):
-                assert torch.equal(getattr(found, name).long(), getattr(other, name).long()), name
+                assert torch.equal(getattr(plan, name).long(), getattr(other, name).long()), name
             for rows in (16, 32):
-                tiles, count = found.tiles(rows), int(found.tiles(rows)[0, 0])
+                tiles, count = plan.tiles(rows), int(plan.tiles(rows)[0, 0])
                 assert torch.equal(tiles[: count + 1, :3][1:], other.tiles(rows)[: count + 1, :3][1:])
-                assert count == int(other.tiles(rows)[0, 0]) <= found.bound(rows) == tiles.shape[0] - 1
+                assert count == int(other.tiles(rows)[0, 0]) <= plan.bound(rows) == tiles.shape[0] - 1
         assert all(torch.equal(x, results[name]) for name, x in first.items())
 
 
@@ -213,8 +219,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     **{f"separate: {name}": (lambda name=name: check_separate(name)) for name in CASES},
     "many addresses": check_many_addresses,
     "programs that share tiles": check_shared_tiles,
-    "a sorted plan": check_sorted_plan,
     "squares kept": check_squares_kept,
+    "ways to plan": check_ways_to_plan,
     "every tile height": check_every_tile_height,
     "weights' gradients in turn": check_gradients_of_weights_in_turn,
     "only what is wanted": check_only_what_is_wanted,

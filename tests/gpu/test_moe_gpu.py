@@ -147,6 +147,31 @@ def test_captured_in_a_cuda_graph(tokens: int) -> None:
 # --------------------------------------------------------------------- experts that are separate tensors
 
 
+SIZES = [(20, 8, 128), (256, 8, 128), (512, 8, 128), (2048, 8, 128), (4096, 8, 128), (512, 22, 512), (300, 8, 1000)]
+
+
+@pytest.mark.parametrize(("tokens", "choices", "experts"), SIZES)
+@pytest.mark.parametrize("strangers", [False, True])
+def test_plans_of_one_launch_are_those_of_a_sort(
+    tokens: int, choices: int, experts: int, strangers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2o_inductor.kernels import triton_moe_plan
+
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    ids = torch.randint(0, experts, (tokens, choices), generator=generator, device="cuda")
+    ids[::3] = -1 if strangers else experts // 2
+    plan = triton_moe_plan.Plan.of(ids, experts, 32)
+    assert 32 in plan.made  # by that one launch
+    monkeypatch.setattr(triton_moe_plan, "_way", lambda *_: None)
+    gold = triton_moe_plan.Plan.of(ids, experts, 32)
+    assert all(
+        torch.equal(getattr(plan, name).long(), getattr(gold, name).long()) for name in ("keys", "order", "firsts")
+    )
+    tiles, expected = plan.tiles(32), gold.tiles(32)
+    count = int(expected[0, 0])
+    assert int(tiles[0, 0]) == count and torch.equal(tiles[1 : count + 1, :3], expected[1 : count + 1, :3])
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_separate_experts_of_random_cases(seed: int) -> None:
     """Also such as lie in no common way, or do not start at multiples of 16 bytes."""
