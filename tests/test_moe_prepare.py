@@ -96,6 +96,12 @@ def test_a_module_stays_what_it_was_and_restore_undoes_the_swap(name: str) -> No
     assert s2o_inductor.restore(model) == 0
 
 
+@pytest.mark.parametrize("call", [s2o_inductor.prepare, s2o_inductor.restore])
+def test_what_is_no_module_is_refused(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, whose methods it changes; got function"):
+        call(lambda x: x)
+
+
 def test_weights_are_read_at_every_call() -> None:
     model = moe_idioms.HitExperts()
     s2o_inductor.prepare(model)
