@@ -327,7 +327,9 @@ class _Module:
     def _swap(self, found: Sequence[tuple[Found, Experts]], run: Inputs, modes: Sequence[bool]) -> Entry:
         gold_of = comparison.on_cpu(self.module, torch.float64) if self.small else None
         cases, expected = [], []
-        for mode, case in itertools.product(modes, comparison.variants(run)):
+        with _as_it_was(self.tried):
+            variants = [case for case in comparison.variants(run) if comparison.runs(self.tried, case)]
+        for mode, case in itertools.product(modes, variants):
             gold = None
             if gold_of is not None:
                 gold = comparison.results(gold_of, comparison.moved(case, "cpu", torch.float64), mode)
