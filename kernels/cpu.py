@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from s2o_inductor.kernels.cpu_blocks import HIDDEN, Block, Masks, accumulate_dtype, blocks
 from s2o_inductor.kernels.dense import empty_heads_last
+from s2o_inductor.kernels.operands import positive_scale
 
 if TYPE_CHECKING:
     from s2o_inductor.kernels.dense import Call
@@ -42,7 +43,9 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         return q.new_zeros(batch, heads, queries, value_dim), q.new_full(q.shape[:3], HIDDEN, dtype=accumulate)
     q, k, v = _operands(call, q, k, v)
     if call.route == "cpu-flash":
-        output, lse = _flash(q, k, v, 0.0, call.upper is not None, scale=call.scale)
+        # The kernel hides keys before it scales, and so needs a positive scale.
+        q, scale, _ = positive_scale(q, call.scale)
+        output, lse = _flash(q, k, v, 0.0, call.upper is not None, scale=scale)
         return output[..., :value_dim], lse
     output = empty_heads_last((batch, heads, queries, value_dim), q)
     lse = torch.empty(batch, heads, queries, dtype=accumulate, device=q.device)
@@ -78,8 +81,10 @@ def backward(
     lse = lse.to(accumulate_dtype(q.dtype))
     lse = lse.masked_fill(lse == HIDDEN, 0.0)
     if call.route == "cpu-flash":
-        grads = _flash_backward(grad, q, k, v, output, lse, 0.0, call.upper is not None, scale=call.scale)
-        return _narrow(grads, kv_heads, head_dim, value_dim)
+        q, scale, sign = positive_scale(q, call.scale)
+        grads = _flash_backward(grad, q, k, v, output, lse, 0.0, call.upper is not None, scale=scale)
+        part_q, grad_k, grad_v = _narrow(grads, kv_heads, head_dim, value_dim)
+        return part_q if sign == 1.0 else part_q * sign, grad_k, grad_v
     grad_q = empty_heads_last(shapes[0], q)
     # Sums over blocks are kept in the precision of the accumulator.
     grad_k, grad_v = (

@@ -1,4 +1,4 @@
-"""Operands as CUDA kernels, torch's and ours, can read them."""
+"""Operands as kernels, torch's and ours, can read them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ Whatever the op does not say ends a candidate with a reason. The graph is never 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -33,9 +35,10 @@ from s2o_inductor.passes.graph_utils import (
     where,
 )
 from s2o_inductor.passes.operands import Arrangement, Problem, Reading, arrange, mask_taps, trace
-from s2o_inductor.passes.records import AttentionSite, Declined, Step
+from s2o_inductor.passes.records import AttentionSite, Declined, MaskOperand, Operand, Step
 from s2o_inductor.passes.written_out import after_product, reaches, read_written_out
 
+_AnyOperand = TypeVar("_AnyOperand", Operand, MaskOperand)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -114,7 +117,7 @@ def _read_call(flow: Flow, node: fx.Node) -> Reading:
 
 def _call_scale(node: fx.Node, width: Size) -> float:
     scale = argument(node, 6, "scale")
-    if scale is None and isinstance(width, int):
+    if scale is None and isinstance(width, int) and width > 0:
         return float(width) ** -0.5
     if not isinstance(scale, (int, float)):
         raise Refusal("scale is not a constant yet")
@@ -162,8 +165,12 @@ def _site(flow: Flow, anchor: fx.Node, reading: Reading) -> AttentionSite:
             raise Refusal(reason)
     region = _region(flow, anchor, reading.core, found.passed, output)
     _check_writes(flow, reading.core, found.passed, region, output)
+    if found.sinks is not None and _kept_apart(flow, sinks := Operand(found.sinks), output) is not sinks:
+        raise Refusal("the sink logits are changed in place before the backward pass")
+    q, k, v = (_kept_apart(flow, one, output) for one in (found.q, found.k, found.v))
+    masks = tuple(_kept_apart(flow, one, output) for one in found.masks)
     return AttentionSite(
-        where(anchor), output, region, found.q, found.k, found.v, scale, reading.causal, found.masks,
+        where(anchor), output, region, q, k, v, scale, reading.causal, masks,
         reading.empty, reading.dropout, found.sinks, (*found.out_steps, *_layout_steps(flow, found, output)),
     )  # fmt: skip
 
@@ -213,25 +220,52 @@ def _check_writes(
 
 # Methods that fail, or mean something else, on other strides than those they were written for.
 _STRIDE_BOUND = frozenset(("view", "view_as", "as_strided"))
+# What looks at a tensor where its strides allow it, and copies it elsewhere.
+_LOOKS_OR_COPIES = frozenset(("reshape", "reshape_as", "flatten", "ravel", "contiguous"))
 
 
 def _layout_steps(flow: Flow, found: Arrangement, output: fx.Node) -> tuple[Step, ...]:
-    """A copy where a `view` of the output was written for other strides than the op's.
+    """Copies of the output where the graph depends on its strides, or on what shares its memory.
 
-    The op gives (B, H, S, D) over memory in the order (B, S, H, D).
+    The op gives (B, H, S, D) over memory in the order (B, S, H, D), and keeps that memory for its backward pass.
 
     Raises:
-        Refusal: the strides that the view counts on are neither the op's nor contiguous ones.
+        Refusal: the strides that the graph counts on are neither the op's nor contiguous ones.
     """
-    value = fake(output)
-    viewed = (op_name(node) in _STRIDE_BOUND for node in flow.names_of(output) if node is not output)
-    if value is None or not any(viewed):
+    value, changed = fake(output), _is_told_from_a_copy(flow, output)
+    viewed = any(op_name(node) in _STRIDE_BOUND for node in flow.names_of(output) if node is not output)
+    if value is None or not (viewed or changed):
         return ()
+    kept: tuple[Step, ...] = (("clone", ()),) if changed and value.requires_grad else ()
     shape, strides = shape_of(output), tuple(size_of(stride) for stride in value.stride())
     if not found.out_steps and len(shape) == 4:
         heads, width = shape[1], shape[3]
         if all(map(same, strides, (product_of_sizes(shape[1:]), width, heads * width, 1))):
-            return ()
+            return kept
     if all(same(stride, product_of_sizes(shape[dim + 1 :])) for dim, stride in enumerate(strides)):
-        return (("contiguous", ()),)
-    raise Refusal("a view of the attention output counts on its memory layout")
+        return (("contiguous", ()), *kept)
+    raise Refusal("what follows the attention output counts on its memory layout")
+
+
+def _is_told_from_a_copy(flow: Flow, output: fx.Node) -> bool:
+    """Whether the memory of the output, or of what may look at it, is written to or leaves the graph by two names."""
+    names: set[fx.Node] = set()
+    pending = [output]
+    while pending:
+        for name in flow.names_of(pending.pop()):
+            if name not in names and flow.position[name] >= flow.position[output]:
+                names.add(name)
+                pending += [user for user in name.users if op_name(user) in _LOOKS_OR_COPIES]
+    shown = sum(any(user.op == "output" for user in name.users) for name in names)
+    return shown > 1 or any(flow.written_after(name, output) for name in names)
+
+
+def _kept_apart(flow: Flow, operand: _AnyOperand, output: fx.Node) -> _AnyOperand:
+    """An operand as a copy where its memory is written to before the backward pass of the op reads it.
+
+    The source may not have kept that tensor: it kept a wider copy, or nothing of an added mask.
+    """
+    value = fake(output)
+    if value is None or not value.requires_grad or not flow.written_after(operand.node, output):
+        return operand
+    return dataclasses.replace(operand, steps=(("clone", ()), *operand.steps))

@@ -186,6 +186,11 @@ class Flow:
             for writer in self._writers.get(self._memory[source], ())
         )
 
+    def written_after(self, source: fx.Node, start: fx.Node) -> bool:
+        """Whether a node behind `start` changes the memory of `source`."""
+        writers = self._writers.get(self._memory[source], ())
+        return any(self.position[writer] > self.position[start] for writer in writers)
+
 
 # Values and indices that share nothing: dividing the values of a top-k in place leaves its indices alone.
 _FRESH = frozenset(("topk", "sort", "kthvalue", "mode"))

@@ -68,7 +68,9 @@ class Writer:
         if expr.is_Mul:
             factor, rest = expr.as_coeff_Mul()
             if factor < 0:
-                return f"-{self._tight(-expr, _PRODUCT)}", _SUM
+                # -a // b is (-a) // b.
+                strength = _ATOM if isinstance(-expr, (FloorDiv, Mod, PythonMod)) else _PRODUCT
+                return f"-{self._tight(-expr, strength)}", _SUM
             parts = [] if factor == 1 else [str(int(factor))]
             return " * ".join([*parts, *(self._tight(p, _ATOM) for p in sympy.Mul.make_args(rest))]), _PRODUCT
         if expr.is_Symbol:

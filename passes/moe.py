@@ -134,9 +134,28 @@ def _read_site(flow: Flow, first: list[Product], last: Product) -> ExpertsSite:
     tokens, factor = next(iter(sources))
     ids = _read_choices(flow, (*(one.routing for one in first), last.routing), shape_of(tokens)[0])
     combine = read_combine(flow, last, tokens)
-    return make_site(
+    site = make_site(
         flow, first, last, tokens, ids, combine, factor, lambda reader, node: _read_scores(flow, reader, node, ids)
     )
+    return dataclasses.replace(site, wraps=_may_wrap(flow, site, last.routing))
+
+
+def _may_wrap(flow: Flow, site: ExpertsSite, index: fx.Node | None) -> bool:
+    """Whether choices index the weights as they are, and may be negative: those of a top-k are not."""
+    node, gathers = _moved(flow, site.ids), [gather(one) for one in site.region if op_name(one) == "getitem"]
+    if (site.last, index) not in gathers or _moved(flow, index) is not node:
+        return False
+    if node is None or op_name(node) not in ("getitem", "indices"):
+        return node is None or op_name(node) not in ("argmax", "argsort")
+    source, places = node.args[0], op_name(node) == "indices" or node.args[1] == 1
+    return not (places and isinstance(source, fx.Node) and op_name(source) in ("topk", "sort", "max"))
+
+
+def _moved(flow: Flow, node: fx.Node | None) -> fx.Node | None:
+    """What integers are a view or a copy of."""
+    while node is not None and op_name(node) in MOVES - {"masked_fill"} and dtype_of(node) in INTEGERS:
+        node = flow.read(node, argument(node, 0, "input", "self"))
+    return node
 
 
 def make_site(

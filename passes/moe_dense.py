@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from s2o_inductor.passes import verify
 from s2o_inductor.passes.flow import Flow
-from s2o_inductor.passes.graph_utils import Refusal, Size, argument, op_name, product_of_sizes, same, shape_of
+from s2o_inductor.passes.graph_utils import Refusal, Size, argument, dtype_of, op_name, product_of_sizes, same, shape_of
 from s2o_inductor.passes.moe import MOVES, make_site, read_combine, rows_and_factor
 from s2o_inductor.passes.moe_activation import ROWWISE
-from s2o_inductor.passes.moe_products import Product, read_dense_product
+from s2o_inductor.passes.moe_products import INTEGERS, Product, read_dense_product
 from s2o_inductor.passes.records import ExpertsSite
 
 TURNS = MOVES | {"transpose", "T", "mT", "permute", "getitem", "expand"}
+# What leaves the choices of a token what they are, if the last dimension keeps its size and numbers stay integers.
+_KEEPS_ROWS = MOVES - {"masked_fill"}
 # Between the scatter and the weights: what acts on every entry alone, and the softmax over a row.
 _POINTWISE = frozenset(("sigmoid", "softmax", "mul", "div", "exp", "to", "float", "type_as", "bfloat16", "half"))
 
@@ -126,10 +128,17 @@ def are_distinct(flow: Flow, ids: fx.Node | None) -> bool:
     node = ids
     if node is not None and len(shape_of(node)) > 1 and same(shape_of(node)[-1], 1):
         return True
-    while node is not None and op_name(node) in MOVES:
-        node = flow.read(node, argument(node, 0, "input", "self"))
-    source = None if node is None or op_name(node) not in ("getitem", "indices") else node.args[0]
-    return isinstance(source, fx.Node) and op_name(source) == "topk"
+    while node is not None and op_name(node) in _KEEPS_ROWS:
+        source = argument(node, 0, "input", "self")
+        if dtype_of(node) not in INTEGERS or not same(shape_of(node)[-1], shape_of(source)[-1]):
+            return False
+        node = flow.read(node, source)
+    if node is None or op_name(node) not in ("getitem", "indices"):
+        return False
+    source, places = node.args[0], op_name(node) == "indices" or node.args[1] == 1
+    if not places or not isinstance(source, fx.Node) or op_name(source) != "topk":
+        return False
+    return argument(source, 2, "dim", default=-1) in (-1, len(shape_of(node)) - 1)
 
 
 def _zero_outside(between: list[fx.Node], scattered: fx.Node, fill: float) -> bool:
@@ -137,14 +146,17 @@ def _zero_outside(between: list[fx.Node], scattered: fx.Node, fill: float) -> bo
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(8, 7, generator=generator).topk(3).indices
     values = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-    known = {scattered: torch.full((8, 7), fill, dtype=torch.float64).scatter(1, ids, values)}
     chosen = torch.zeros(8, 7, dtype=torch.bool).scatter(1, ids, True)
-    with torch.no_grad(), _disable_current_modes():
-        for node in between:
-            try:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-                known[node] = verify.in_double(node, args, kwargs)
-            except Exception:  # it reads something else, or other sizes: nothing is proved then
-                return False
-    found = known[between[-1] if between else scattered]
-    return bool((found[~chosen] == 0).all())
+    # Beside low scores too: a softmax forgets a finite fill only as long as it is far below all of them.
+    for shift in (0.0, -5e3):
+        known = {scattered: torch.full((8, 7), fill, dtype=torch.float64).scatter(1, ids, values + shift)}
+        with torch.no_grad(), _disable_current_modes():
+            for node in between:
+                try:
+                    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+                    known[node] = verify.in_double(node, args, kwargs)
+                except Exception:  # it reads something else, or other sizes: nothing is proved then
+                    return False
+        if not (known[between[-1] if between else scattered][~chosen] == 0).all():
+            return False
+    return True

@@ -53,6 +53,11 @@ def region_of(flow: Flow, output: fx.Node, operands: set[fx.Node]) -> tuple[fx.N
     for node, source in itertools.chain.from_iterable(((n, s) for s in n.all_input_nodes) for n in region):
         if source in operands and flow.written_between(source, node, output, region):
             raise Refusal(f"'{source.name}' is changed in place while the experts run")
+    result = fake(made(output))
+    for operand in operands if result is not None and result.requires_grad else ():
+        # The nodes of the site may have kept copies of rows, where the op keeps the tensor itself.
+        if flow.written_after(operand, output):
+            raise Refusal(f"'{operand.name}' is changed in place before the backward pass of the experts")
     if product_of_sizes(shape_of(made(output))) == 0:
         raise Refusal("there are no tokens")
     return tuple(sorted(region, key=flow.position.__getitem__))

@@ -47,7 +47,9 @@ def check_experts(graph: fx.Graph, site: ExpertsSite, *, always: bool = False) -
         with torch.no_grad(), _disable_current_modes(), contextlib.ExitStack() as regions:
             for arguments in autocast:
                 regions.enter_context(torch.autocast(*arguments))
-            routings = ("random", "same") if site.distinct else ("random", "same", "one")
+            routings = ["random", "same"]
+            routings += [] if site.distinct else ["one"]
+            routings += ["negative"] if site.wraps else []
             found = [_run(site, routing, sizes or {}) for routing in routings]
         outcome = next((outcome for outcome in found if not outcome.passed), found[0])
         _outcomes[key] = dataclasses.replace(outcome, detail=outcome.detail + ", at shortened sizes" * bool(sizes))
@@ -130,6 +132,8 @@ def _operator(site: ExpertsSite, inputs: Mapping[fx.Node, Any]) -> Tensor:
     weights, ids = inputs[site.weights], inputs[site.ids]
     if site.dense:
         weights = weights.gather(-1, ids)
+    if site.wraps:
+        ids = torch.where(ids < 0, ids + inputs[site.last].shape[0], ids)
     z, ids, weights = (
         x.reshape(-1, x.shape[-1]) for x in (inputs[site.tokens].to(inputs[site.last].dtype), ids, weights)
     )
@@ -157,6 +161,7 @@ def _example(
         ids = ids[:, torch.arange(shape[-1]) % experts]
         ids = ids[:1].expand_as(ids) if routing == "same" else ids
         ids = torch.full(shape, experts - 1) if routing == "one" else ids.reshape(shape)
+        ids = ids - experts if routing == "negative" else ids
         return ids.to(value.device, value.dtype).contiguous()
     if node is site.weights:
         return torch.rand(shape, generator=generator, dtype=torch.float64).to(value.device, value.dtype)

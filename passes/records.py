@@ -93,6 +93,7 @@ class ExpertsSite:
         distinct: no token has the same expert twice among its choices.
         base: what the weighted sum is added to, shaped like the output.
         numbered: nodes of the region whose literals are the number of an expert.
+        wraps: choices may be negative, and then count from the last expert, as indices do.
     """
 
     where: str
@@ -111,6 +112,7 @@ class ExpertsSite:
     distinct: bool = False
     base: fx.Node | None = None
     numbered: frozenset[fx.Node] = frozenset()
+    wraps: bool = False
 
     def operands(self) -> tuple[PerExpert | None, ...]:
         """In the order of the op's schema."""

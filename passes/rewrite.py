@@ -97,13 +97,14 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
         tokens, weights = site.tokens, site.weights
         if site.dense:
             weights = call("gather", weights, -1, site.ids)
+        ids = matrix(site.ids, site.ids)
+        if site.wraps:
+            ids = call("where", ids, call("ge", ids, 0), call("add", ids, site.experts))
         if tokens.meta["example_value"].dtype != computed:
             tokens = call("to", tokens, computed)
-        routed = [
-            matrix(tokens, site.tokens), matrix(site.ids, site.ids), matrix(weights, site.ids)
-        ]  # fmt: skip
+        tokens, weights = matrix(tokens, site.tokens), matrix(weights, site.ids)
         target = MOE_EXPERTS_LIST if separate else MOE_EXPERTS
-        pair = graph.call_function(target, (routed[0], *operands, *routed[1:], site.spec.text(), keep, name))
+        pair = graph.call_function(target, (tokens, *operands, ids, weights, site.spec.text(), keep, name))
         result = graph.call_function(operator.getitem, (pair, 0))
         added += [pair, result]
         if output.meta["example_value"].dtype != computed:

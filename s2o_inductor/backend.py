@@ -21,7 +21,7 @@ from torch import fx
 
 from s2o_inductor import report
 from s2o_inductor.config import S2OConfig, split_options
-from s2o_inductor.errors import S2OError, UnsupportedTorchError
+from s2o_inductor.errors import OptionError, S2OError, UnsupportedTorchError
 from s2o_inductor.loops import breaks
 
 log = logging.getLogger("s2o_inductor")
@@ -142,9 +142,12 @@ def _dump(gm: fx.GraphModule, config: S2OConfig, stage: str) -> None:
     if config.dump_dir is None:
         return
     folder = Path(config.dump_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    index = len(list(folder.glob(f"*-{stage}.txt")))
-    (folder / f"graph{index}-{stage}.txt").write_text(gm.print_readable(print_output=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        index = len(list(folder.glob(f"*-{stage}.txt")))
+        (folder / f"graph{index}-{stage}.txt").write_text(gm.print_readable(print_output=False))
+    except OSError as error:
+        raise OptionError(f"option 'dump_dir' must be a folder that can be written; got {folder}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

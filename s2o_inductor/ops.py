@@ -140,7 +140,8 @@ def visible_rows(
 def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, spec: str) -> None:
     """Raises ValueError unless the operands of `attention` fit together; reads shapes and dtypes alone."""
     if parse(spec).dense != (mask is not None):
-        raise ValueError(f"a mask tensor and a spec with dense=True go together; got mask {mask} and spec {spec!r}")
+        given = "no mask" if mask is None else f"a mask {tuple(mask.shape)}"
+        raise ValueError(f"a mask tensor and a spec with dense=True go together; got {given} and spec {spec!r}")
     if not (q.dim() == k.dim() == v.dim() == 4):
         raise ValueError(f"attention needs 4-D q, k and v; got {q.dim()}-D, {k.dim()}-D and {v.dim()}-D")
     if not (q.dtype == k.dtype == v.dtype):

@@ -267,6 +267,13 @@ def test_uninstall_keeps_what_the_user_set_meanwhile() -> None:
     assert inductor_config.pre_grad_custom_pass is None
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = {"inner": "eager", "dump_dir": str(tmp_path / "file")}
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="'dump_dir' must be a folder that can be"):
+        torch.compile(attend, backend="s2o", options=options)(*operands())
+
+
 def test_install_refuses_what_it_cannot_do() -> None:
     for options in ({"max_autotune": True}, {"inner": "eager"}):
         with pytest.raises(S2OError, match="install takes options of s2o alone"):

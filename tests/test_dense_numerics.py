@@ -46,6 +46,13 @@ def test_every_mask_term(name: str, lengths: tuple[int, int]) -> None:
         ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("name", ["full", "causal", "window", "all"])
+def test_scores_may_be_negated_or_all_alike(name: str, scale: float) -> None:
+    leaves = leaves_for(2, 65, 65)
+    problem(lengths=(65, 65), spec=SPECS[name], leaves=leaves, params=(0, 20), scale=scale).check()
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     batch, group, kv_heads = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))

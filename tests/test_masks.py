@@ -160,8 +160,14 @@ def test_styles_of_models(at: int, dynamic: bool) -> None:
             assert leaf.meta["val"].numel() <= B * S
 
 
+def half_windows(pad: Tensor, ids: Tensor) -> Tensor:
+    """Half as many positions on either side as there are."""
+    at = torch.arange(pad.shape[1])
+    return ((at[:, None] - at).abs() <= pad.shape[1] // 2)[None, None]
+
+
 @pytest.mark.parametrize(
-    "build", [global_rows, self_visible, chunked_documents, packed, prefix_lengths, in_place_columns]
+    "build", [global_rows, self_visible, chunked_documents, packed, prefix_lengths, in_place_columns, half_windows]
 )
 def test_one_predicate_serves_all_lengths(build: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Lifted from a graph of 12 positions, evaluated where bounds that depend on the length change places."""

@@ -120,6 +120,16 @@ def by_token(logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter(0, ids, top)
 
 
+def padded(logits: Tensor) -> Tensor:
+    top, ids = logits.topk(2, dim=-1)
+    return torch.zeros_like(logits).scatter(1, ids.masked_fill(logits[:, :1] > 0, 0), top)
+
+
+def beside_a_finite_fill(logits: Tensor) -> Tensor:
+    top, ids = logits.topk(2, dim=-1)
+    return torch.full_like(logits, -1000.0).scatter(-1, ids, top).softmax(dim=-1)
+
+
 def everywhere(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1)
 
@@ -129,6 +139,8 @@ DENSE = {
     into_ones: "something other than a constant",
     repeating: "other than the choices of a top-k",
     by_token: "other than the choices of a top-k",
+    padded: "other than the choices of a top-k",
+    beside_a_finite_fill: "not zero",
     everywhere: "there is nothing to leave out",
 }
 
@@ -147,6 +159,16 @@ def test_a_dense_layer_that_reads_another_ones_output_follows_it() -> None:
         return one(one(x, logits, w1, w2), logits, w1, w2)
 
     assert rewritten(layers, *operands()) == [("rewritten", "")] * 2
+
+
+def test_places_in_a_column_are_no_choices_of_a_token() -> None:
+    def layer(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        top, ids = logits.topk(4, dim=0)
+        return dense(lambda scores: torch.zeros_like(scores).scatter(1, ids.clamp(max=4), top))(x, logits[:4], w1, w2)
+
+    x, logits, w1, w2 = operands()
+    ((status, reason),) = rewritten(layer, x[:4], logits, w1, w2)
+    assert status == "declined" and "other than the choices of a top-k" in reason
 
 
 @pytest.mark.parametrize("scores", DENSE, ids=lambda scores: scores.__name__)
@@ -177,6 +199,16 @@ def scattered(into: Any) -> Any:
         return into(x, token, torch.bmm(h, w2[chosen]).squeeze(1) * p.reshape(-1, 1))
 
     return layer
+
+
+def test_choices_that_index_from_the_end_are_those_experts() -> None:
+    def layer(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        p, chosen, token = x[:, :2].exp(), ids.reshape(-1), torch.arange(x.shape[0]).repeat_interleave(2)
+        y = torch.bmm(torch.bmm(x[token].unsqueeze(1), w1[chosen]).relu(), w2[chosen]).squeeze(1)
+        return torch.zeros_like(x).index_add(0, token, y * p.reshape(-1, 1))
+
+    x, _, w1, w2 = operands()
+    assert rewritten(layer, x, torch.randint(-5, 5, (7, 2)), w1, w2) == [("rewritten", "")]
 
 
 def test_a_sum_into_another_tensor_is_added_to_it_unless_it_is_changed_in_place() -> None:

@@ -96,6 +96,12 @@ def test_a_module_stays_what_it_was_and_restore_undoes_the_swap(name: str) -> No
     assert s2o_inductor.restore(model) == 0
 
 
+@pytest.mark.parametrize("call", [s2o_inductor.prepare, s2o_inductor.restore])
+def test_what_is_no_module_is_refused(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, whose methods it changes; got function"):
+        call(lambda x: x)
+
+
 def test_weights_are_read_at_every_call() -> None:
     model = moe_idioms.HitExperts()
     s2o_inductor.prepare(model)
@@ -229,7 +235,53 @@ class Squashed(moe_idioms.Separate):
         return out.view_as(x)
 
 
+class Clamped(moe_idioms.Separate):
+    """Outliers among the experts' outputs are cut off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        ids, p = self.route(flat)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            out.index_add_(0, token, expert(flat[token]).clamp(-5.0, 5.0) * p[token, slot, None])
+        return out.view_as(x)
+
+
+class Pairs(moe_idioms.Separate):
+    """An expert that one token alone has chosen is left out."""
+
+    fewest = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        ids, p = self.route(flat)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if token.numel() >= self.fewest:
+                out.index_add_(0, token, expert(flat[token]) * p[token, slot, None])
+        return out.view_as(x)
+
+
+class Crowded(moe_idioms.Separate):
+    """Experts of many tokens count less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        ids, p = self.route(flat)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            y = expert(flat[token]) * p[token, slot, None]
+            out.index_add_(0, token, y * 0.5 if token.numel() > 1000 else y)
+        return out.view_as(x)
+
+
 NEAR_MISSES = {
+    Clamped: "gives something else",
+    Pairs: "gives something else",
+    Crowded: "depends on 'token.numel() > 1000'",
     Dropped: "drop out values at random",
     Watched: "hooks",
     Unknown: "none of the formulas",

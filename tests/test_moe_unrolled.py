@@ -135,6 +135,36 @@ def test_choices_that_repeat_an_expert_are_added_as_often_as_the_loop_adds_them(
     assert status == "declined" and "adds once where a token chose an expert twice" in reason
 
 
+@pytest.mark.parametrize(
+    "changed", [lambda ids, logits: ids.masked_fill(logits[:, :1] > 0, 0), lambda ids, _: ids.view(4, 4)]
+)
+def test_a_top_k_that_is_changed_may_repeat_an_expert(changed: Callable[..., Tensor]) -> None:
+    def layer(x: Tensor, logits: Tensor, w1: Lists, w2: Lists) -> Tensor:
+        p, ids = route(logits)
+        ids, out = changed(ids, logits), torch.zeros_like(x)
+        for number in range(EXPERTS):
+            token, slot = torch.where(ids == number)
+            out[token] += expert(x[token], w1[number], w2[number]) * p.view(ids.shape)[token, slot, None]
+        return out
+
+    x, logits, w1, w2 = operands(tokens=8)
+    rows = changed(route(logits)[1], logits).shape[0]
+    ((status, _),) = rewritten(layer, x[:rows], logits, w1, w2)
+    assert status == "declined"
+
+
+def test_weights_that_change_before_the_backward_pass_are_not_those_that_it_would_read() -> None:
+    def layer(x: Tensor, logits: Tensor, w1: Lists, w2: Lists) -> Tensor:
+        rows = x + 1
+        out = loop(rows, logits, w1, w2)
+        rows.zero_()
+        return out
+
+    ((status, reason),) = rewritten(layer, *operands())
+    assert status == "declined" and "changed in place before the backward pass" in reason
+    assert rewritten(layer, *operands(grad=False)) == [("rewritten", "")]
+
+
 def test_what_surrounds_a_loop_stays() -> None:
     def surrounded(x: Tensor, logits: Tensor, w1: Lists, w2: Lists) -> Any:
         hidden = x.tanh()

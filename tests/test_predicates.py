@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import FloorDiv, Max, Min, PythonMod
 
 from s2o_inductor.passes.index_math import IndexMath
+from s2o_inductor.passes.mask_text import Writer
 from s2o_inductor.passes.predicates import FALSE, TRUE, AllOf, Comparison, Logic, Predicate
 
 QUERIES, KEYS = 5, 7
@@ -241,3 +243,35 @@ def test_sizes_are_not_compared_by_their_example_values(sizes: tuple[IndexMath, 
     assert not proofs.nonnegative(t - s) and not proofs.nonnegative(s - t)
     assert not proofs.shape_env.guards
     assert proofs.nonnegative(s - 2) and proofs.nonnegative(s * t - 4)
+
+
+TEXTS = IndexMath(None)
+Q, K = (TEXTS.variable(name, sympy.Integer(41)) for name in "qk")
+
+
+def expressions() -> st.SearchStrategy[sympy.Expr]:
+    """Integer expressions of two positions, as masks are made of."""
+    small = st.integers(1, 5).map(sympy.Integer)
+
+    def larger(part: st.SearchStrategy[sympy.Expr]) -> st.SearchStrategy[sympy.Expr]:
+        return st.one_of(
+            st.builds(operator.add, part, part),
+            st.builds(operator.sub, part, part),
+            st.builds(operator.mul, part, part),
+            st.builds(operator.neg, part),
+            st.builds(FloorDiv, part, small),
+            st.builds(PythonMod, part, small),
+            st.builds(Max, part, part),
+            st.builds(Min, part, part),
+        )
+
+    return st.recursive(st.sampled_from([Q, K, *map(sympy.Integer, range(-3, 4))]), larger, max_leaves=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(expressions(), st.integers(0, 40), st.integers(0, 40))
+@example(-FloorDiv(Q, sympy.Integer(2)), 3, 0)
+@example(-PythonMod(Q + K, sympy.Integer(3)), 3, 1)
+def test_text_of_an_expression_means_the_expression(expr: sympy.Expr, q: int, k: int) -> None:
+    text = Writer(Logic(TEXTS), {}, lambda node: (), lambda size: None).integer(expr)
+    assert eval(text, {"q": q, "k": k, "max": max, "min": min}) == int(expr.subs({Q: q, K: k})), text

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from s2o_inductor.passes import verify
 
+# By how much outliers exceed other values: beyond limits such as the 7 of GPT-OSS, within float16.
+LARGE = 30.0
 # Positional and keyword arguments of one call of a module.
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -72,7 +74,11 @@ def on_cpu(module: nn.Module, dtype: torch.dtype | None = None, stacked: tuple[i
 
 
 def variants(run: Inputs) -> Iterator[Inputs]:
-    """A run on other values, on tokens that are all alike, and with all choices on one expert."""
+    """A run on other values, on large ones, on a single token, on tokens all alike, and with all choices on one expert.
+
+    What a module does with outliers, or with experts of few tokens, shows in no other run. A module that is
+    made for more than one token may not take a single one.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def changed(x: Any, kind: str) -> Any:
@@ -80,12 +86,14 @@ def variants(run: Inputs) -> Iterator[Inputs]:
             return x
         if x.is_floating_point():
             fresh = torch.randn(x.shape, generator=generator, dtype=torch.float64) * x.double().std().nan_to_num(1.0)
-            fresh = fresh.to(x.device, x.dtype)
+            fresh = (fresh * LARGE if kind == "large" else fresh).to(x.device, x.dtype)
             flat = fresh.reshape(-1, x.shape[-1])
-            return flat[:1].expand_as(flat).reshape(x.shape) if kind == "alike" else fresh
-        return torch.full_like(x, int(x.max())) if kind == "one" else x
+            fresh = flat[:1].expand_as(flat).reshape(x.shape) if kind == "alike" else fresh
+        else:
+            fresh = torch.full_like(x, int(x.max())) if kind == "one" else x
+        return fresh[(slice(1),) * max(x.dim() - 1, 1)] if kind == "single" else fresh
 
-    for kind in ("random", "alike", "one"):
+    for kind in ("random", "alike", "one", "large", "single"):
         yield tuple(changed(x, kind) for x in run[0]), {name: changed(x, kind) for name, x in run[1].items()}
 
 

@@ -106,8 +106,10 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
         Every module with experts in a loop: prepared, or declined with the reason.
 
     Raises:
+        TypeError: `model` is no module.
         S2OError: the model does not run on `sample`. This and any other exception leaves the model as it was.
     """
+    _check_module("prepare", model)
     candidates = [(name, module) for name, module in model.named_modules() if _may_hold_experts(module)]
     seen = {} if sample is None else _record(model, sample, [module for _, module in candidates])
     entries: list[Entry] = []
@@ -131,8 +133,14 @@ def prepare(model: nn.Module, sample: Any = None) -> Preparation:
 
 
 def restore(model: nn.Module) -> int:
-    """Undoes `prepare`; returns how many modules were prepared."""
+    """Undoes `prepare`; returns how many modules were prepared. Raises TypeError for what is no module."""
+    _check_module("restore", model)
     return sum(_restore_module(module) for module in list(model.modules()))
+
+
+def _check_module(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} takes an nn.Module, whose methods it changes; got {type(model).__name__}")
 
 
 def _restore_module(module: nn.Module) -> bool:
@@ -319,7 +327,9 @@ class _Module:
     def _swap(self, found: Sequence[tuple[Found, Experts]], run: Inputs, modes: Sequence[bool]) -> Entry:
         gold_of = comparison.on_cpu(self.module, torch.float64) if self.small else None
         cases, expected = [], []
-        for mode, case in itertools.product(modes, comparison.variants(run)):
+        with _as_it_was(self.tried):
+            variants = [case for case in comparison.variants(run) if comparison.runs(self.tried, case)]
+        for mode, case in itertools.product(modes, variants):
             gold = None
             if gold_of is not None:
                 gold = comparison.results(gold_of, comparison.moved(case, "cpu", torch.float64), mode)

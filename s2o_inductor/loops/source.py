@@ -100,10 +100,17 @@ def as_one_call(function: types.FunctionType, call: Callable[..., Any], names: S
 
 
 def _refuse_effects(function: types.FunctionType, tree: ast.AST) -> None:
-    """Raises NoSource where code that is to go also sets attributes, which would stay unset."""
+    """Raises NoSource where code that is to go does what no run may show.
+
+    It sets attributes, which would stay unset, or acts by a threshold: only whether an expert has tokens may count.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
             raise NoSource(f"the loop in {function.__qualname__} also sets '{ast.unparse(node)}'")
+        tests = [node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While)) else []
+        for part in (part for test in tests for part in ast.walk(test)):
+            if isinstance(part, ast.Constant) and type(part.value) in (int, float) and part.value not in (0, 1):
+                raise NoSource(f"the loop in {function.__qualname__} depends on '{ast.unparse(tests[0])}'")
 
 
 def _show(name: str, index: int) -> ast.stmt:
