@@ -76,16 +76,18 @@ _Sizes: TypeAlias = Callable[[Any], int]
 
 
 def _larger_sizes(mask: fx.Node) -> _Sizes | None:
-    """Every symbolic size one larger than its hint; None without any, or where a guard forbids it."""
+    """Every symbolic size one larger than its hint; None without any, or where a guard or a multiple forbids it."""
     environment = getattr(getattr(mask.meta["val"], "fake_mode", None), "shape_env", None)
     values: dict[sympy.Expr, int] = {}
+    symbols: set[sympy.Expr] = set()
     for node in mask.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else (value,)
         for size in (size for size in sizes if isinstance(size, torch.SymInt)):
+            symbols |= size.node.expr.free_symbols
             if size.node.expr.is_Symbol and size.node.has_hint():
                 values[size.node.expr] = hint(size) + 1
-    if environment is None or not values:
+    if environment is None or not values or symbols - values.keys():
         return None
     if any(environment.replace(guard.expr).xreplace(values) != sympy.true for guard in environment.guards):
         return None
