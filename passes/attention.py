@@ -25,6 +25,7 @@ from s2o_inductor.passes.graph_utils import (
     argument,
     dtype_of,
     fake,
+    is_contiguous,
     op_name,
     plain,
     product_of_sizes,
@@ -242,7 +243,7 @@ def _layout_steps(flow: Flow, found: Arrangement, output: fx.Node) -> tuple[Step
         heads, width = shape[1], shape[3]
         if all(map(same, strides, (product_of_sizes(shape[1:]), width, heads * width, 1))):
             return kept
-    if all(same(stride, product_of_sizes(shape[dim + 1 :])) for dim, stride in enumerate(strides)):
+    if is_contiguous(output):
         return (("contiguous", ()), *kept)
     raise Refusal("what follows the attention output counts on its memory layout")
 

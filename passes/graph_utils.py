@@ -172,6 +172,16 @@ def product_of_sizes(sizes: Iterable[Size]) -> Size:
     return total
 
 
+def is_contiguous(node: fx.Node) -> bool:
+    """Whether a tensor lies in memory in the order of its dimensions, whatever the values of the symbols."""
+    value, shape = fake(node), shape_of(node)
+    strides = () if value is None else value.stride()
+    return all(
+        same(shape[dim], 1) or same(size_of(stride), product_of_sizes(shape[dim + 1 :]))
+        for dim, stride in enumerate(strides)
+    )
+
+
 def plain(node: fx.Node) -> str | None:
     """Why a node is no ordinary dense tensor, or None when it is one."""
     value = fake(node)

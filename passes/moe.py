@@ -26,6 +26,7 @@ from s2o_inductor.passes.graph_utils import (
     argument,
     dtype_of,
     fake,
+    is_contiguous,
     made,
     op_name,
     plain,
@@ -196,6 +197,8 @@ def make_site(
     shape = shape_of(made(combine.output))
     if not same(shape[-1], shape_of(tokens)[-1]):
         raise Refusal("the experts change the width of a token")
+    if not is_contiguous(made(combine.output)):
+        raise Refusal("the experts' sum does not lie contiguously in memory, as that of the op does")
     if len(shape) != 2 and sum(not isinstance(size, int) for size in shape) > 1:
         raise Refusal("the experts' sum has more than one symbolic size")
     w1, w3 = first[0].weight, None

@@ -2,15 +2,18 @@
 
 The mask's own nodes are run, on made-up inputs, in the graph as it is; the predicate is evaluated
 beside them. A mask too large to compute whole is computed for a sample of its query rows: nodes
-that already have the mask's last two dimensions are pointwise, and run on those rows alone.
+that already have the mask's last two dimensions are pointwise, and run on those rows alone. Where
+sizes are symbolic it is done twice, as captured and with every size one larger: a predicate that was
+read wrongly may be right by chance at one length, such as an even one.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
@@ -58,9 +61,42 @@ def check_mask(mask: fx.Node, lifted: LiftedMask, shape: tuple[Any, Any, Any, An
     Args:
         mask: the mask node, boolean (True is visible) or additive, of a functional graph.
         lifted: the predicate.
-        shape: (B, Hq, Sq, Sk) of the attention that uses it; symbolic sizes are taken at their hints.
+        shape: (B, Hq, Sq, Sk) of the attention that uses it.
     """
-    batch, _, queries, keys = (hint(size) for size in shape)
+    outcome = _check_at(hint, mask, lifted, shape)
+    larger = _larger_sizes(mask) if outcome.passed else None
+    if larger is None:
+        return outcome
+    other = _check_at(larger, mask, lifted, shape)
+    return outcome if other.passed else Outcome(False, f"{other.detail}, at sizes other than those captured")
+
+
+# From a size, symbolic or not, to the integer that it is in a check.
+_Sizes: TypeAlias = Callable[[Any], int]
+
+
+def _larger_sizes(mask: fx.Node) -> _Sizes | None:
+    """Every symbolic size one larger than its hint; None without any, or where a guard or a multiple forbids it."""
+    environment = getattr(getattr(mask.meta["val"], "fake_mode", None), "shape_env", None)
+    values: dict[sympy.Expr, int] = {}
+    symbols: set[sympy.Expr] = set()
+    for node in mask.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        for size in (size for size in sizes if isinstance(size, torch.SymInt)):
+            symbols |= size.node.expr.free_symbols
+            if size.node.expr.is_Symbol and size.node.has_hint():
+                values[size.node.expr] = hint(size) + 1
+    if environment is None or not values or symbols - values.keys():
+        return None
+    if any(environment.replace(guard.expr).xreplace(values) != sympy.true for guard in environment.guards):
+        return None
+    return lambda size: size if isinstance(size, int) else int(size.node.expr.xreplace(values))
+
+
+def _check_at(sizes: _Sizes, mask: fx.Node, lifted: LiftedMask, shape: tuple[Any, Any, Any, Any]) -> Outcome:
+    """`check_mask` at one size of everything."""
+    batch, _, queries, keys = map(sizes, shape)
     closure = _ancestors(mask)
     whole = batch * queries * keys <= MAX_MASK
     device = mask.meta["val"].device
@@ -71,20 +107,20 @@ def check_mask(mask: fx.Node, lifted: LiftedMask, shape: tuple[Any, Any, Any, An
         rows = torch.arange(queries, device=device) if whole else _sample(queries, generator)
         for style in range(3):
             sources = (node for node in closure if node.op in ("placeholder", "get_attr"))
-            inputs = {node: _example(node, style, generator) for node in sources}
             try:
-                values = _run(closure, inputs, None if whole else rows, (queries, keys))
+                inputs = {node: _example(node, sizes, style, generator) for node in sources}
+                values = _run(closure, inputs, None if whole else rows, (queries, keys), sizes)
             except _NotPointwise as reason:
                 return Outcome(True, f"unverified: {reason}")
-            except (IndexError, RuntimeError) as reason:
-                # Made-up positions can point outside a table, and a shape can depend on values.
+            except (IndexError, RuntimeError, TypeError) as reason:
+                # Made-up positions can point outside a table, and a shape can depend on values or other sizes.
                 return Outcome(True, f"unverified: {reason}")
             actual = values[mask]
             if actual.dtype != torch.bool:
                 added, actual = actual, actual > HIDES
                 if added[actual].any():
                     return Outcome(False, f"the mask adds up to {added[actual].abs().max():.3g} to visible scores")
-            params = [hint(one.meta["val"]) if isinstance(one, fx.Node) else one for one in lifted.params]
+            params = [sizes(one.meta["val"]) if isinstance(one, fx.Node) else one for one in lifted.params]
             expected = ops.visible_rows(
                 lifted.spec.text(), [values[leaf] for leaf in lifted.leaves], params, batch, queries, keys, rows
             )
@@ -111,17 +147,17 @@ def _sample(queries: int, generator: torch.Generator) -> Tensor:
     return torch.cat([edges.clamp(0, queries - 1), drawn]).unique()
 
 
-def _example(node: fx.Node, style: int, generator: torch.Generator) -> Any:
+def _example(node: fx.Node, sizes: _Sizes, style: int, generator: torch.Generator) -> Any:
     """An input: integers as left- and right-padded 0/1 rows (0), random 0/1 (1) or packed positions (2)."""
     held = _constant(node)
     if held is not None:
         return held
     value = node.meta["val"]
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return hint(value) if isinstance(value, torch.SymInt) else value.node.hint
+        return sizes(value) if isinstance(value, torch.SymInt) else value.node.hint
     if not isinstance(value, Tensor):
         return value
-    shape, device = tuple(hint(size) for size in value.shape), generator.device
+    shape, device = tuple(map(sizes, value.shape)), generator.device
     if value.dtype.is_floating_point:
         return torch.randn(shape, device=device, generator=generator).to(value.device, value.dtype)
     drawn = torch.randint(0, 2, shape, device=device, generator=generator)
@@ -149,30 +185,34 @@ def _constant(node: fx.Node) -> Tensor | None:
     return held if isinstance(held, Tensor) and not isinstance(held, FakeTensor) else None
 
 
-def _run(closure: list[fx.Node], inputs: Mapping[fx.Node, Any], rows: Tensor | None, size: tuple[int, int]) -> Any:
+def _run(
+    closure: list[fx.Node], inputs: Mapping[fx.Node, Any], rows: Tensor | None, size: tuple[int, int], sizes: _Sizes
+) -> Any:  # fmt: skip
     values = dict(inputs)
     for node in closure:
         if node in values:
             continue
-        if rows is not None and _is_large(node, size):
-            values[node] = _run_rows(node, values, rows, size)
+        if rows is not None and _is_large(node, size, sizes):
+            values[node] = _run_rows(node, values, rows, size, sizes)
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values
 
 
-def _is_large(node: fx.Node, size: tuple[int, int]) -> bool:
+def _is_large(node: fx.Node, size: tuple[int, int], sizes: _Sizes) -> bool:
     value = node.meta.get("val")
     return (
         isinstance(value, Tensor)
         and value.dim() >= 2
-        and (hint(value.shape[-2]), hint(value.shape[-1])) == size
+        and (sizes(value.shape[-2]), sizes(value.shape[-1])) == size
         and node.op == "call_function"
     )
 
 
-def _run_rows(node: fx.Node, values: Mapping[fx.Node, Any], rows: Tensor, size: tuple[int, int]) -> Tensor:
+def _run_rows(
+    node: fx.Node, values: Mapping[fx.Node, Any], rows: Tensor, size: tuple[int, int], sizes: _Sizes
+) -> Tensor:  # fmt: skip
     """One node of the mask's full size, on some of its rows."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -183,7 +223,7 @@ def _run_rows(node: fx.Node, values: Mapping[fx.Node, Any], rows: Tensor, size: 
 
     def restricted(source: fx.Node) -> Any:
         value = values[source]
-        if not isinstance(value, Tensor) or _is_large(source, size) or value.dim() < 2:
+        if not isinstance(value, Tensor) or _is_large(source, size, sizes) or value.dim() < 2:
             return value
         return value.index_select(-2, rows) if value.shape[-2] == size[0] > 1 else value
 

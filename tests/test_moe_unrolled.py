@@ -165,6 +165,16 @@ def test_weights_that_change_before_the_backward_pass_are_not_those_that_it_woul
     assert rewritten(layer, *operands(grad=False)) == [("rewritten", "")]
 
 
+def test_a_sum_of_other_strides_than_the_operators_is_none_of_its() -> None:
+    def layer(x: Tensor, logits: Tensor, w1: Lists, w2: Lists) -> Tensor:
+        out = loop(x.t().contiguous().t(), logits, w1, w2)
+        out.reshape(-1).mul_(2.0)  # a copy: `out` is like the tokens, whose columns are apart
+        return out
+
+    ((status, reason),) = rewritten(layer, *operands())
+    assert status == "declined" and "does not lie contiguously" in reason
+
+
 def test_what_surrounds_a_loop_stays() -> None:
     def surrounded(x: Tensor, logits: Tensor, w1: Lists, w2: Lists) -> Any:
         hidden = x.tanh()

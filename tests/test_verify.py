@@ -360,6 +360,27 @@ def test_a_mask_read_rightly_is_proved(length: int, says: str, monkeypatch: pyte
     assert outcome.passed and re.fullmatch(says, outcome.detail)
 
 
+@pytest.mark.parametrize("length", [40, 1100])
+def test_a_mask_read_rightly_for_one_length_alone_stays_a_tensor(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, at[:, None] - at <= q.shape[2] // 2)
+
+    def misread(lifted: LiftedMask) -> LiftedMask:
+        assert lifted.spec.lower == "-(p0 // 2)"
+        return dataclasses.replace(lifted, spec=dataclasses.replace(lifted.spec, lower="-p0 // 2"))
+
+    plant_mask(monkeypatch, misread)
+    compiled = torch.compile(half, backend="s2o", options=AOT)
+    for size in (length, length + 1):
+        args = list(torch.randn(3, 1, 2, size, 8))
+        for one in args:
+            torch._dynamo.mark_dynamic(one, 2)
+        torch.testing.assert_close(compiled(*args), half(*args))
+    (site,) = s2o_inductor.last_report().to_dict()["sites"]
+    assert site["mask"] == ["dense"] and site["reason"].endswith("at sizes other than those captured")
+
+
 def test_a_bias_taken_for_a_mask_stays_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         at = torch.arange(q.shape[2])
