@@ -142,6 +142,16 @@ def _for_rows(means: int, configs: list[Config]) -> list[Config]:
     return [config for config in configs if config.rows % means == 0]
 
 
+def _for_block(block: int, configs: list[Config]) -> list[Config]:
+    """Those configs whose keys a block has room for, or the last with as many as it has.
+
+    Not the first with fewer keys: 64 rows of float8 with 64 channels, shared by eight warps, are compiled into reads
+    beyond the shared memory by Triton 3.6.
+    """
+    fit = [config for config in configs if config.keys <= block]
+    return fit or [dataclasses.replace(configs[-1], keys=block)]
+
+
 def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, groups: GroupTable) -> Ranking:
     """Representatives and masses of all tiles.
 
@@ -268,8 +278,7 @@ def order(
     if not hopper_sparse.score(ranking.k, tiling, programs, shared):
         configs = scores_configs(k.dtype, k.shape[3], means)
         launch(
-            scoring.scores_kernel,
-            [dataclasses.replace(x, keys=max(geometry.run, min(x.keys, geometry.block))) for x in configs], programs,
+            scoring.scores_kernel, _for_block(geometry.block, configs), programs,
             lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(ranking.k, config.keys)},
         )  # fmt: skip
     launch(sorting.histogram_kernel, [Config(0, 0, 4, 1)], lambda _: rows * segments, lambda _: shared)

@@ -34,6 +34,16 @@ def test_default_geometry_at_4096(budget: float) -> None:
     ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("masked", [{"padded": True}, {"packed": "again"}], ids=["padded", "packed"])
+@pytest.mark.parametrize("geometry", [GEOMETRIES["cuda"], Geometry(block=64, clusters=1)], ids=["ours", "small blocks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_heads(masked: dict[str, Any], geometry: Geometry, dtype: torch.dtype) -> None:
+    """Rows of 64 float8 channels are the narrowest that products take."""
+    sparse_problem(
+        2, (4, 1), (999, 2900), (64, 64), dtype, device="cuda", geometry=geometry, max_density=0.4, **masked
+    ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("float8", [True, False])
 def test_keys_far_from_zero(width: int, float8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
