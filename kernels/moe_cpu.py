@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2o_inductor.kernels import moe_cpu_native
 from s2o_inductor.kernels.moe_routing import Experts as Experts  # these two are part of what callers import
 from s2o_inductor.kernels.moe_routing import PerExpert as PerExpert
 from s2o_inductor.kernels.moe_routing import Routing, part, wide
@@ -30,6 +31,8 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
+    if not keep and (output := moe_cpu_native.forward(experts, z, ids, p)) is not None:
+        return output, z.new_empty(0, experts.columns)
     if not keep and ids.numel() and (ids.shape[0] == 1 or 4 * ids.numel() <= experts.number):
         return _few(experts, z, ids, p), z.new_empty(0, experts.columns)
     routing = Routing.of(ids, experts.number)
@@ -46,10 +49,11 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         if score == "input":
             x = (x.to(weights.dtype) * weights[order]).to(z.dtype)
         pre = _first(experts, x, parts, kept[rows] if keep else None)
-        h = hidden(pre, experts.spec)
-        if score == "hidden":
-            h = h * weights[order]
-        _second(experts, h.to(z.dtype), parts, y[rows])
+        scale = weights[order] if score == "hidden" else None
+        if (h := moe_cpu_native.hidden(pre, experts.spec, scale)) is None:
+            h = hidden(pre, experts.spec)
+            h = (h if scale is None else h * scale).to(z.dtype)
+        _second(experts, h, parts, y[rows])
     return _combine(y, routing, weights if score == "output" else None, z), kept
 
 
@@ -131,6 +135,8 @@ def _combine(y: Tensor, routing: Routing, weights: Tensor | None, z: Tensor) -> 
     if y.numel() == 0:
         return torch.zeros_like(z, memory_format=torch.contiguous_format)
     place = routing.place.view(tokens, routing.choices)
+    if (sums := moe_cpu_native.weighted_sum(y, place, weights)) is not None:
+        return sums
     if y.dtype == wide(y.dtype):  # one pass; torch has it for weights of y's dtype alone
         scale = None if weights is None else weights.view(tokens, routing.choices).contiguous()
         return F.embedding_bag(place, y, mode="sum", per_sample_weights=scale)

@@ -1,0 +1,86 @@
+// The activations of experts on vectors of floats: what s2o_inductor/moe_spec.py says of them.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu_vectors.h"
+
+namespace s2o {
+
+// In the order of moe_spec.Activation and moe_spec.Gate, whose positions arrive here.
+enum class Activation : int64_t { kIdentity, kRelu, kRelu2, kSilu, kGelu, kGeluTanh };
+enum class Gate : int64_t { kNone, kHalf, kHalfSwapped, kInterleaved, kSeparate };
+
+// Filled by kernels/moe_cpu_native.py.
+struct Formula {
+  Activation activation;
+  Gate gate;
+  double alpha, limit, shift;  // a limit of infinity is none
+};
+
+inline Vec magnitude_of(Vec x) { return (Vec)((Bits)x & 0x7fffffff); }
+
+// 1 / (1 + exp(-x)), from the exponential of a number that is not positive.
+inline Vec sigmoid(Vec x) {
+  const Vec e = exp2_of(magnitude_of(x) * -1.44269504f);
+  return (x < Vec{} ? e : splat(1.0f)) / (e + 1.0f);
+}
+
+// 2 * (the normal distribution up to x) = erfc(-x / sqrt 2), where erfc(z) = t exp(P(t) - z^2), t = 1 / (1 + 0.4 z) for
+// z > 0. P is fitted to 9e-8; with its rounding the result is off by 4e-7 at most.
+inline Vec twice_normal(Vec x) {
+  const Vec z = magnitude_of(x) * 0.707106781f, t = 1.0f / (z * 0.4f + 1.0f);
+  Vec p = splat(-2.059327821e-1f);
+  p = p * t + 9.165687541e-1f;
+  p = p * t - 1.468190023f;
+  p = p * t + 9.773168703e-1f;
+  p = p * t - 4.272099976e-1f;
+  p = p * t + 2.929162710e-1f;
+  p = p * t + 4.018339593e-1f;
+  p = p * t + 1.001388628f;
+  p = p * t - 1.488691766f;
+  const Vec tail = t * exp2_of((p - z * z) * 1.44269504f);
+  return x < Vec{} ? tail : 2.0f - tail;
+}
+
+template <Activation A>
+inline Vec activate(Vec x, float alpha) {
+  if constexpr (A == Activation::kRelu) return x < Vec{} ? Vec{} : x;  // NaN stays
+  if constexpr (A == Activation::kRelu2) return x < Vec{} ? Vec{} : x * x;
+  if constexpr (A == Activation::kSilu) return x * sigmoid(x * alpha);
+  if constexpr (A == Activation::kGelu) return 0.5f * x * twice_normal(x);
+  if constexpr (A == Activation::kGeluTanh) return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+  return x;
+}
+
+template <Activation A>
+void activate_all(const Formula& f, float* gate, const float* up, int64_t count) {
+  const Vec limit = splat(static_cast<float>(f.limit));
+  const auto alpha = static_cast<float>(f.alpha), shift = static_cast<float>(f.shift);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vec x = vec(gate + i);
+    x = activate<A>(x > limit ? limit : x, alpha);
+    if (up) {
+      const Vec y = vec(up + i);
+      x *= (y > limit ? limit : y < -limit ? -limit : y) + shift;
+    }
+    vec(gate + i) = x;
+  }
+}
+
+// gate = act(min(gate, limit)) * (clamp(up, -limit, limit) + shift), or without the second factor where `up` is null.
+// Both are aligned and have room for whole vectors.
+inline void activate_row(const Formula& f, float* gate, const float* up, int64_t count) {
+  switch (f.activation) {
+    case Activation::kRelu: return activate_all<Activation::kRelu>(f, gate, up, count);
+    case Activation::kRelu2: return activate_all<Activation::kRelu2>(f, gate, up, count);
+    case Activation::kSilu: return activate_all<Activation::kSilu>(f, gate, up, count);
+    case Activation::kGelu: return activate_all<Activation::kGelu>(f, gate, up, count);
+    case Activation::kGeluTanh: return activate_all<Activation::kGeluTanh>(f, gate, up, count);
+    default: return activate_all<Activation::kIdentity>(f, gate, up, count);
+  }
+}
+
+}  // namespace s2o
