@@ -39,6 +39,7 @@ namespace {
 
 using namespace s2o;
 
+constexpr int64_t kPiece = 256;      // columns of a product that one thread makes at a time
 constexpr int64_t kLeast = 64;       // columns worth a task of their own
 constexpr int64_t kWorth = 1 << 17;  // bytes of weights from which more than one thread is worth waking
 
@@ -73,7 +74,7 @@ struct Routing {
 template <class W>
 class Experts {
  public:
-  explicit Experts(const Problem& p) : p_(p), routing_(p), formula_(p.formula) {}
+  explicit Experts(const Problem& p) : p_(p), routing_(p) {}
 
   // False, and nothing is done, where experts have too many rows.
   bool run() {
@@ -127,13 +128,13 @@ class Experts {
   // Columns [begin, end) of the hidden rows of an expert.
   void first(int64_t slot, int64_t begin, int64_t end) {
     const int64_t expert = routing_.expert[slot];
-    const bool gated = formula_.gate != Gate::kNone, interleaved = formula_.gate == Gate::kInterleaved;
-    const bool swapped = formula_.gate == Gate::kHalfSwapped, separate = formula_.gate == Gate::kSeparate;
+    const bool gated = p_.formula.gate != Gate::kNone, interleaved = p_.formula.gate == Gate::kInterleaved;
+    const bool swapped = p_.formula.gate == Gate::kHalfSwapped, separate = p_.formula.gate == Gate::kSeparate;
     const Matrix<W> w1{at(p_.w1, expert), p_.w1.out, p_.w1.in};
     const Matrix<W> w3 = separate ? Matrix<W>{at(p_.w3, expert), p_.w3.out, p_.w3.in} : w1;
     const int64_t gate_at = swapped ? p_.inner : 0, up_at = swapped || separate ? 0 : p_.inner;
     blocks(slot, begin, end, [&](const int64_t* choices, int64_t count, int64_t from, int64_t to) {
-      alignas(64) float gate[kGroup][2 * kPiece], up[kGroup][kPiece];
+      float gate[kGroup][2 * kPiece], up[kGroup][kPiece];
       const float* rows[kGroup] = {};
       for (int64_t r = 0; r < count; ++r)
         rows[r] = p_.x + (p_.scored == 0 ? choices[r] : choices[r] / p_.choices) * p_.width;
@@ -143,7 +144,7 @@ class Experts {
         multiply_group(rows, count, w1, gate_at + from, gate_at + to, p_.width, gate[0], 2 * kPiece);
         if (gated) multiply_group(rows, count, w3, up_at + from, up_at + to, p_.width, up[0], kPiece);
       }
-      const int64_t columns = to - from, padded = (columns + kLanes - 1) / kLanes * kLanes;
+      const int64_t columns = to - from;
       for (int64_t r = 0; r < count; ++r) {
         if (interleaved) {
           add_bias(p_.b1, expert, 2 * from, 2 * to, gate[r]);
@@ -153,12 +154,15 @@ class Experts {
           add_bias(p_.b1, expert, gate_at + from, gate_at + to, gate[r]);
           if (gated) add_bias(p_.b1, expert, p_.inner - gate_at + from, p_.inner - gate_at + to, up[r]);
         }
-        std::fill(gate[r] + columns, gate[r] + padded, 0.0f);
-        std::fill(up[r] + columns, up[r] + padded, 0.0f);
-        activate_row(formula_, gate[r], gated ? up[r] : nullptr, columns);
         const float weight = p_.scored == 1 ? p_.p[choices[r]] : 1.0f;
         float* hidden = p_.hidden + choices[r] * p_.inner + from;
-        for (int64_t i = 0; i < columns; ++i) hidden[i] = gate[r][i] * weight;
+        with_expert(p_.formula, [&](const auto& activated) {
+          for (int64_t i = 0; i < columns; i += kLanes) {
+            const Vec x = load_some(gate[r] + i, columns - i);
+            const Vec h = gated ? activated(x, load_some(up[r] + i, columns - i)) : activated(x);
+            store_some(hidden + i, h * weight, columns - i);
+          }
+        });
       }
     });
   }
@@ -191,7 +195,6 @@ class Experts {
 
   const Problem& p_;
   const Routing routing_;
-  const Formula& formula_;
   int64_t threads_ = 1;
 };
 
@@ -205,7 +208,9 @@ extern "C" int s2o_cpu_moe(const Problem* problem) {
 }
 
 extern "C" void s2o_cpu_moe_hidden(const HiddenRows* rows) {
-  rows->bytes == 4 ? activate_rows<float>(*rows) : activate_rows<BFloat16>(*rows);
+  with_expert(rows->formula, [&](const auto& expert) {
+    rows->bytes == 4 ? activate_rows<float>(*rows, expert) : activate_rows<BFloat16>(*rows, expert);
+  });
 }
 
 extern "C" void s2o_cpu_moe_sum(const Sums* sums) {

@@ -55,31 +55,33 @@ inline Vec activate(Vec x, float alpha) {
   return x;
 }
 
+// act(min(gate, limit)) * (clamp(up, -limit, limit) + shift), or without the second factor.
 template <Activation A>
-void activate_all(const Formula& f, float* gate, const float* up, int64_t count) {
-  const Vec limit = splat(static_cast<float>(f.limit));
-  const auto alpha = static_cast<float>(f.alpha), shift = static_cast<float>(f.shift);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vec x = vec(gate + i);
-    x = activate<A>(x > limit ? limit : x, alpha);
-    if (up) {
-      const Vec y = vec(up + i);
-      x *= (y > limit ? limit : y < -limit ? -limit : y) + shift;
-    }
-    vec(gate + i) = x;
+class Expert {
+ public:
+  explicit Expert(const Formula& f)
+      : limit_(splat(static_cast<float>(f.limit))), alpha_(static_cast<float>(f.alpha)),
+        shift_(static_cast<float>(f.shift)) {}
+  Vec operator()(Vec gate) const { return activate<A>(gate > limit_ ? limit_ : gate, alpha_); }
+  Vec operator()(Vec gate, Vec up) const {
+    return (*this)(gate) * ((up > limit_ ? limit_ : up < -limit_ ? -limit_ : up) + shift_);
   }
-}
 
-// gate = act(min(gate, limit)) * (clamp(up, -limit, limit) + shift), or without the second factor where `up` is null.
-// Both are aligned and have room for whole vectors.
-inline void activate_row(const Formula& f, float* gate, const float* up, int64_t count) {
+ private:
+  Vec limit_;
+  float alpha_, shift_;
+};
+
+// Calls work with the Expert of a formula.
+template <class Work>
+void with_expert(const Formula& f, const Work& work) {
   switch (f.activation) {
-    case Activation::kRelu: return activate_all<Activation::kRelu>(f, gate, up, count);
-    case Activation::kRelu2: return activate_all<Activation::kRelu2>(f, gate, up, count);
-    case Activation::kSilu: return activate_all<Activation::kSilu>(f, gate, up, count);
-    case Activation::kGelu: return activate_all<Activation::kGelu>(f, gate, up, count);
-    case Activation::kGeluTanh: return activate_all<Activation::kGeluTanh>(f, gate, up, count);
-    default: return activate_all<Activation::kIdentity>(f, gate, up, count);
+    case Activation::kRelu: return work(Expert<Activation::kRelu>(f));
+    case Activation::kRelu2: return work(Expert<Activation::kRelu2>(f));
+    case Activation::kSilu: return work(Expert<Activation::kSilu>(f));
+    case Activation::kGelu: return work(Expert<Activation::kGelu>(f));
+    case Activation::kGeluTanh: return work(Expert<Activation::kGeluTanh>(f));
+    default: return work(Expert<Activation::kIdentity>(f));
   }
 }
 

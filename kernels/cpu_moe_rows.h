@@ -29,8 +29,7 @@ struct Sums {
 
 namespace s2o {
 
-constexpr int64_t kPiece = 256;      // columns that are activated at a time
-constexpr int64_t kTask = 1 << 14;   // numbers worth a task of their own
+constexpr int64_t kTask = 1 << 14;  // numbers worth a task of their own
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
@@ -66,31 +65,29 @@ void share_rows(int64_t threads, int64_t rows, int64_t width, const Work& work) 
           [&](int64_t task) { work(task * step, std::min(rows, (task + 1) * step)); });
 }
 
-template <class W>
-void activate_rows(const HiddenRows& p) {
-  const Formula& formula = p.formula;
-  const bool gated = formula.gate != Gate::kNone, interleaved = formula.gate == Gate::kInterleaved;
-  const int64_t gate_at = formula.gate == Gate::kHalfSwapped ? p.inner : 0, up_at = p.inner - gate_at;
+template <class W, class Expert>
+void activate_rows(const HiddenRows& p, const Expert& expert) {
+  const Gate gate = p.formula.gate;
+  const int64_t gate_at = gate == Gate::kHalfSwapped ? p.inner : 0, up_at = p.inner - gate_at;
   share_rows(p.threads, p.rows, p.inner, [&](int64_t begin, int64_t end) {
-    alignas(64) float gate[2 * kPiece], up[kPiece];
     for (int64_t r = begin; r < end; ++r) {
-      const W* pre = static_cast<const W*>(p.pre) + r * p.inner * (gated ? 2 : 1);
+      const W* pre = static_cast<const W*>(p.pre) + r * p.inner * (gate == Gate::kNone ? 1 : 2);
       W* hidden = static_cast<W*>(p.hidden) + r * p.inner;
       const Vec weight = splat(p.weights ? p.weights[r] : 1.0f);
-      for (int64_t from = 0; from < p.inner; from += kPiece) {
-        const int64_t count = std::min(kPiece, p.inner - from);
-        const auto read = [](float* to, const W* numbers, int64_t n) {
-          for (int64_t i = 0; i < n; i += kLanes) vec(to + i) = load_some(numbers + i, n - i);
-        };
-        if (interleaved) {
-          read(gate, pre + 2 * from, 2 * count);
-          for (int64_t i = 0; i < count; ++i) up[i] = gate[2 * i + 1], gate[i] = gate[2 * i];
+      for (int64_t i = 0; i < p.inner; i += kLanes) {
+        const int64_t count = p.inner - i;
+        Vec x;
+        if (gate == Gate::kNone) {
+          x = expert(load_some(pre + i, count));
+        } else if (gate == Gate::kInterleaved) {
+          Vec first = {}, second = {};
+          for (int64_t lane = 0; lane < std::min<int64_t>(count, kLanes); ++lane)
+            first[lane] = widen(pre + 2 * (i + lane)), second[lane] = widen(pre + 2 * (i + lane) + 1);
+          x = expert(first, second);
         } else {
-          read(gate, pre + gate_at + from, count);
-          if (gated) read(up, pre + up_at + from, count);
+          x = expert(load_some(pre + gate_at + i, count), load_some(pre + up_at + i, count));
         }
-        activate_row(formula, gate, gated ? up : nullptr, count);
-        for (int64_t i = 0; i < count; i += kLanes) store_some(hidden + from + i, vec(gate + i) * weight, count - i);
+        store_some(hidden + i, x * weight, count);
       }
     }
   });

@@ -20,9 +20,10 @@ from s2o_inductor.kernels import native
 from s2o_inductor.kernels.moe_routing import Experts, PerExpert
 from s2o_inductor.moe_spec import Activation, ExpertSpec, Gate
 
-# Most rows that the experts of a call have, in the mean over rows, where this is faster than a product of torch's for
-# each expert: with matrices stored (out, in), and with their transposes. BENCHMARKS.md, "Mixture of experts on CPU".
-FEW = {"rows": 16.0, "transposed": 8.0}
+# Up to how many rows per expert, in the mean over rows, this is faster than a product of torch's for each expert: where a
+# float32 matrix lies as (in, out), whose columns are apart; in general; and where an expert has so few bytes that a
+# call of torch takes longer than what it does. BENCHMARKS.md, "Mixture of experts on CPU".
+FEW_ACROSS, FEW, FEW_OF_SMALL, SMALL = 8.0, 24.0, 32.0, 2**18
 _SCORED = ("input", "hidden", "output")
 
 
@@ -98,7 +99,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor | Non
     """
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not ids.numel():
         return None
-    few = FEW["rows" if experts.w1[0][0].stride(1) == 1 else "transposed"]
+    few = _few(experts, z.dtype)
     # Experts have fewest rows, in the mean over rows, if all have the same number.
     if ids.numel() > few * experts.number or (library := _library()) is None:
         return None
@@ -141,6 +142,13 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor | Non
     if library.s2o_cpu_moe(ctypes.byref(problem)):
         return None
     return output.to(z.dtype)
+
+
+def _few(experts: Experts, dtype: torch.dtype) -> float:
+    matrices = [weight[0] for weight in (*experts.w1, experts.w2)]
+    if dtype == torch.float32 and any(matrix.stride(1) != 1 for matrix in matrices):
+        return FEW_ACROSS
+    return FEW_OF_SMALL if sum(matrix.nbytes for matrix in matrices) <= SMALL else FEW
 
 
 class _Tables:
