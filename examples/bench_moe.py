@@ -95,7 +95,7 @@ def compare(
     torch._dynamo.reset()
     layers = {
         "inductor": torch.compile(layer, backend="inductor", dynamic=False),
-        "s2o": torch.compile(layer, backend="s2o", options={"experts": True}, dynamic=False),
+        "s2o": torch.compile(layer, backend="s2o", dynamic=False),
     }
 
     def run(call: Callable[..., Any]) -> None:

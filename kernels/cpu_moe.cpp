@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "cpu_moe_hidden.h"
 #include "cpu_moe_products.h"
@@ -25,7 +26,7 @@ struct Problem {
   const float* p;              // (T, K)
   Weights w1, w2, w3, b1, b2;  // w3 with gate "separate" alone; biases may be absent, with neither data nor table
   float *hidden, *results;     // (T * K, I) and (T * K, l), made here
-  int64_t* order;              // (T * K + 3 * E + 1), made here: what `Routing` finds
+  int64_t* order;              // (T * K + 3 * E + 2), made here: what `Chosen` finds
   float* output;               // (T, l)
   int64_t tokens, choices, experts, width, inner;
   int64_t bytes, half;         // of a number of the weights: 4, float32; 2, bfloat16, or with `half` float16
@@ -43,43 +44,47 @@ constexpr int64_t kPiece = 256;      // columns of a product that one thread mak
 constexpr int64_t kLeast = 64;       // columns worth a task of their own
 constexpr int64_t kWorth = 1 << 17;  // bytes of weights from which more than one thread is worth waking
 
-// The choices of each expert that was chosen.
-struct Routing {
-  int64_t *order, *expert, *first, hit = 0;  // choice numbers; expert and first place of each chosen one, and the end
+// order = the choices by expert and, of an expert, as they come, those of no expert last; counts (experts + 1) = how many
+// each has.
+void sort_choices(const int64_t* ids, int64_t choices, int64_t experts, int64_t* order, int64_t* counts) {
+  const auto bin = [&](int64_t i) { return ids[i] >= 0 && ids[i] < experts ? ids[i] : experts; };
+  std::fill(counts, counts + experts + 1, 0);
+  for (int64_t i = 0; i < choices; ++i) ++counts[bin(i)];
+  int64_t total = 0;
+  for (int64_t e = 0; e <= experts; ++e) total += std::exchange(counts[e], total);
+  for (int64_t i = 0; i < choices; ++i) order[counts[bin(i)]++] = i;  // leaves where each expert's choices end
+  for (int64_t e = experts; e > 0; --e) counts[e] -= counts[e - 1];
+}
 
+// The experts that were chosen, and the choices of each.
+struct Chosen {
+  int64_t *order, *expert, *first, hit = 0;  // choices by expert; each chosen one, and where its choices begin and end
   double rows = 0.0;                         // of an expert, in the mean over rows
 
-  explicit Routing(const Problem& p) : order(p.order), expert(order + p.tokens * p.choices), first(expert + p.experts) {
-    const int64_t all = p.tokens * p.choices;
-    int64_t* place = first + p.experts + 1;  // where the next choice of an expert goes
-    std::fill(place, place + p.experts, 0);
-    const auto is_one = [&](int64_t e) { return e >= 0 && e < p.experts; };
-    for (int64_t i = 0; i < all; ++i)
-      if (is_one(p.ids[i])) ++place[p.ids[i]];
+  explicit Chosen(const Problem& p) : order(p.order), expert(order + p.tokens * p.choices), first(expert + p.experts) {
+    int64_t* counts = first + p.experts + 1;
+    sort_choices(p.ids, p.tokens * p.choices, p.experts, order, counts);
     int64_t total = 0;
     for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t count = place[e];
-      place[e] = total;
-      if (count) expert[hit] = e, first[hit++] = total;
-      total += count;
-      rows += static_cast<double>(count) * static_cast<double>(count);
+      if (!counts[e]) continue;
+      expert[hit] = e, first[hit++] = total;
+      total += counts[e];
+      rows += static_cast<double>(counts[e]) * static_cast<double>(counts[e]);
     }
-    if (total) rows /= static_cast<double>(total);
     first[hit] = total;
-    for (int64_t i = 0; i < all; ++i)
-      if (is_one(p.ids[i])) order[place[p.ids[i]]++] = i;
+    if (total) rows /= static_cast<double>(total);
   }
 };
 
 template <class W>
 class Experts {
  public:
-  explicit Experts(const Problem& p) : p_(p), routing_(p) {}
+  explicit Experts(const Problem& p) : p_(p), chosen_(p) {}
 
   // False, and nothing is done, where experts have too many rows.
   bool run() {
-    if (routing_.rows > p_.few) return false;
-    const int64_t touched = routing_.hit * p_.inner * p_.width * 2 * int64_t(sizeof(W));
+    if (chosen_.rows > p_.few) return false;
+    const int64_t touched = chosen_.hit * p_.inner * p_.width * 2 * int64_t(sizeof(W));
     threads_ = touched < kWorth ? 1 : p_.threads;
     share(p_.inner, [&](int64_t slot, int64_t begin, int64_t end) { first(slot, begin, end); });
     share(p_.width, [&](int64_t slot, int64_t begin, int64_t end) { second(slot, begin, end); });
@@ -97,11 +102,11 @@ class Experts {
   // Calls work(slot, begin, end) for every chosen expert and ranges of its columns.
   template <class Work>
   void share(int64_t columns, const Work& work) {
-    if (!routing_.hit) return;
-    const int64_t wanted = threads_ > 1 ? (8 * threads_ + routing_.hit - 1) / routing_.hit : 1;
+    if (!chosen_.hit) return;
+    const int64_t wanted = threads_ > 1 ? (8 * threads_ + chosen_.hit - 1) / chosen_.hit : 1;
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, columns / kLeast));
     const int64_t step = ((columns + parts - 1) / parts + kLanes - 1) / kLanes * kLanes;
-    on_team(threads_, routing_.hit * parts, [&](int64_t task) {
+    on_team(threads_, chosen_.hit * parts, [&](int64_t task) {
       const int64_t begin = task % parts * step, end = std::min(columns, begin + step);
       if (begin < end) work(task / parts, begin, end);
     });
@@ -111,11 +116,11 @@ class Experts {
   // narrow where they must stay in cache for the next rows.
   template <class Work>
   void blocks(int64_t slot, int64_t begin, int64_t end, const Work& work) {
-    const int64_t rows = routing_.first[slot + 1] - routing_.first[slot];
-    const int64_t step = rows > kGroup ? kPiece / 4 : kPiece;
+    const int64_t rows = chosen_.first[slot + 1] - chosen_.first[slot];
+    const int64_t step = rows > kGroup / 2 ? kPiece / 4 : kPiece;
     for (int64_t from = begin; from < end; from += step)
       for (int64_t row = 0; row < rows; row += kGroup)
-        work(routing_.order + routing_.first[slot] + row, std::min(kGroup, rows - row), from,
+        work(chosen_.order + chosen_.first[slot] + row, std::min(kGroup, rows - row), from,
              std::min(end, from + step));
   }
 
@@ -127,7 +132,7 @@ class Experts {
 
   // Columns [begin, end) of the hidden rows of an expert.
   void first(int64_t slot, int64_t begin, int64_t end) {
-    const int64_t expert = routing_.expert[slot];
+    const int64_t expert = chosen_.expert[slot];
     const bool gated = p_.formula.gate != Gate::kNone, interleaved = p_.formula.gate == Gate::kInterleaved;
     const bool swapped = p_.formula.gate == Gate::kHalfSwapped, separate = p_.formula.gate == Gate::kSeparate;
     const Matrix<W> w1{at(p_.w1, expert), p_.w1.out, p_.w1.in};
@@ -169,7 +174,7 @@ class Experts {
 
   // Columns [begin, end) of the outputs of an expert.
   void second(int64_t slot, int64_t begin, int64_t end) {
-    const int64_t expert = routing_.expert[slot];
+    const int64_t expert = chosen_.expert[slot];
     const Matrix<W> w2{at(p_.w2, expert), p_.w2.out, p_.w2.in};
     blocks(slot, begin, end, [&](const int64_t* choices, int64_t count, int64_t from, int64_t to) {
       float result[kGroup][kPiece];
@@ -194,7 +199,7 @@ class Experts {
   }
 
   const Problem& p_;
-  const Routing routing_;
+  const Chosen chosen_;
   int64_t threads_ = 1;
 };
 
@@ -215,4 +220,11 @@ extern "C" void s2o_cpu_moe_hidden(const HiddenRows* rows) {
 
 extern "C" void s2o_cpu_moe_sum(const Sums* sums) {
   sums->bytes == 4 ? sum_choices<float>(*sums) : sum_choices<BFloat16>(*sums);
+}
+
+// As `Routing.of` of kernels/moe_routing.py; `counts` has a number more, of choices that are of no expert.
+extern "C" void s2o_cpu_moe_route(const int64_t* ids, int64_t choices, int64_t experts, int64_t* order, int64_t* place,
+                                  int64_t* counts) {
+  sort_choices(ids, choices, experts, order, counts);
+  for (int64_t i = 0; i < choices; ++i) place[order[i]] = i;
 }

@@ -15,7 +15,7 @@
 
 namespace s2o {
 
-constexpr int64_t kGroup = 4;  // rows that share what is loaded of a matrix
+constexpr int64_t kGroup = 8;  // rows, the most that share what is loaded of a matrix
 
 struct BFloat16 {
   uint16_t bits;
@@ -186,11 +186,12 @@ inline void columns(const float* const* rows, const W* w, int64_t stride, int64_
     }
 }
 
+// ROWS up to 4, or where neighbours along `in` are adjacent up to kGroup.
 template <int ROWS, class W>
 void multiply_rows(const float* const* rows, const Matrix<W>& m, int64_t begin, int64_t end, int64_t depth,
                    float* result, int64_t result_stride) {
   if (m.in == 1) {
-    constexpr int OUTS = kLanes >= 16 ? (ROWS == 1 ? 8 : 4) : ROWS == 1 ? 4 : 2;
+    constexpr int kMost = kLanes >= 16 ? 16 : 8, OUTS = ROWS == 3 ? kMost / 4 : std::min(kMost / 2, kMost / ROWS);  // sums in registers
     const Last last(depth);
     int64_t o = begin;
     for (; o + OUTS <= end; o += OUTS)
@@ -199,23 +200,30 @@ void multiply_rows(const float* const* rows, const Matrix<W>& m, int64_t begin, 
       dots<ROWS, 1>(rows, m.data + o * m.out, m.out, depth, last, result + o - begin, result_stride);
     return;
   }
-  constexpr int VECS = ROWS == 1 ? 4 * kVectors : kVectors;
-  int64_t o = begin;
-  for (; o + VECS * kLanes <= end; o += VECS * kLanes)
-    columns<ROWS, VECS>(rows, m.data + o, m.in, depth, kLanes, o, result + o - begin, result_stride);
-  for (; o + kLanes <= end; o += kLanes)
-    columns<ROWS, 1>(rows, m.data + o, m.in, depth, kLanes, o, result + o - begin, result_stride);
-  if (o < end) columns<ROWS, 1>(rows, m.data + o, m.in, depth, end - o, o, result + o - begin, result_stride);
+  if constexpr (ROWS <= 4) {
+    constexpr int VECS = ROWS == 1 ? 4 * kVectors : kVectors;
+    int64_t o = begin;
+    for (; o + VECS * kLanes <= end; o += VECS * kLanes)
+      columns<ROWS, VECS>(rows, m.data + o, m.in, depth, kLanes, o, result + o - begin, result_stride);
+    for (; o + kLanes <= end; o += kLanes)
+      columns<ROWS, 1>(rows, m.data + o, m.in, depth, kLanes, o, result + o - begin, result_stride);
+    if (o < end) columns<ROWS, 1>(rows, m.data + o, m.in, depth, end - o, o, result + o - begin, result_stride);
+  }
 }
 
 // result[r] = rows[r] (depth) times the matrix, for columns [begin, end) and `count` rows up to kGroup.
 template <class W>
 void multiply_group(const float* const* rows, int64_t count, const Matrix<W>& m, int64_t begin, int64_t end,
                     int64_t depth, float* result, int64_t result_stride) {
-  if (count == 1) multiply_rows<1>(rows, m, begin, end, depth, result, result_stride);
-  if (count == 2) multiply_rows<2>(rows, m, begin, end, depth, result, result_stride);
+  if constexpr (sizeof(W) == 2)  // widening a number takes as long as two products with it
+    if (count == 8 && m.in == 1) return multiply_rows<8>(rows, m, begin, end, depth, result, result_stride);
+  if (count >= 4) {
+    multiply_rows<4>(rows, m, begin, end, depth, result, result_stride);
+    return multiply_group(rows + 4, count - 4, m, begin, end, depth, result + 4 * result_stride, result_stride);
+  }
   if (count == 3) multiply_rows<3>(rows, m, begin, end, depth, result, result_stride);
-  if (count == 4) multiply_rows<4>(rows, m, begin, end, depth, result, result_stride);
+  if (count == 2) multiply_rows<2>(rows, m, begin, end, depth, result, result_stride);
+  if (count == 1) multiply_rows<1>(rows, m, begin, end, depth, result, result_stride);
 }
 
 }  // namespace s2o

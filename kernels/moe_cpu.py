@@ -35,7 +35,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         return output, z.new_empty(0, experts.columns)
     if not keep and ids.numel() and (ids.shape[0] == 1 or 4 * ids.numel() <= experts.number):
         return _few(experts, z, ids, p), z.new_empty(0, experts.columns)
-    routing = Routing.of(ids, experts.number)
+    routing = _route(ids, experts.number)
     kept = torch.empty(ids.numel() if keep else 0, experts.columns, dtype=z.dtype)
     y = torch.empty(ids.numel(), z.shape[1], dtype=z.dtype)
     y[routing.routed :] = 0.0
@@ -43,7 +43,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         kept[routing.routed :] = 0.0
     score = experts.spec.score
     weights = p.reshape(-1, 1).to(wide(z.dtype))
-    for rows, parts in routing.blocks(experts.columns):
+    for rows, parts in routing.blocks(experts.columns * z.itemsize):
         order = routing.order[rows]
         x = z.index_select(0, order // routing.choices)
         if score == "input":
@@ -55,6 +55,10 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
             h = (h if scale is None else h * scale).to(z.dtype)
         _second(experts, h, parts, y[rows])
     return _combine(y, routing, weights if score == "output" else None, z), kept
+
+
+def _route(ids: Tensor, experts: int) -> Routing:
+    return moe_cpu_native.route(ids, experts) or Routing.of(ids, experts)
 
 
 def _few(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor:
@@ -239,13 +243,13 @@ def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, 
         kept: the first products that `forward` stored, or an empty tensor to compute them again.
         into: its weights are (out, in) views per expert.
     """
-    routing, spec = Routing.of(ids, experts.number), experts.spec
+    routing, spec = _route(ids, experts.number), experts.spec
     _zero_idle_experts(routing, into)
     weights = p.reshape(-1, 1).to(wide(z.dtype))
     grad_p = torch.zeros(ids.numel(), dtype=weights.dtype)
     grad_x = torch.empty(ids.numel() if into.z is not None else 0, z.shape[1], dtype=z.dtype)
     grad_x[routing.routed :] = 0.0
-    for rows, parts in routing.blocks(experts.columns):
+    for rows, parts in routing.blocks(experts.columns * z.itemsize):
         order = routing.order[rows]
         token, weight = order // routing.choices, weights[order]
         x, dy = z.index_select(0, token), grad.index_select(0, token)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from s2o_inductor.kernels import native
-from s2o_inductor.kernels.moe_routing import Experts, PerExpert
+from s2o_inductor.kernels.moe_routing import Experts, PerExpert, Routing
 from s2o_inductor.moe_spec import Activation, ExpertSpec, Gate
 
-# Up to how many rows per expert, in the mean over rows, this is faster than a product of torch's for each expert: where a
-# float32 matrix lies as (in, out), whose columns are apart; in general; and where an expert has so few bytes that a
+# Up to how many rows per expert, in the mean over rows, this is faster than a product of torch's for each expert: where
+# a float32 matrix lies as (in, out), whose columns are apart; in general; and where an expert has so few bytes that a
 # call of torch takes longer than what it does. BENCHMARKS.md, "Mixture of experts on CPU".
 FEW_ACROSS, FEW, FEW_OF_SMALL, SMALL = 8.0, 24.0, 32.0, 2**18
 _SCORED = ("input", "hidden", "output")
@@ -116,7 +116,7 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor | Non
         x = (x.unsqueeze(1) * scores.unsqueeze(2)).flatten(0, 1)
     inner = experts.w2[0].shape[1]
     hidden, results = x.new_empty(ids.numel(), inner), x.new_empty(ids.numel(), z.shape[1])
-    order = chosen.new_empty(ids.numel() + 3 * experts.number + 1)
+    order = chosen.new_empty(ids.numel() + 3 * experts.number + 2)
     output = x.new_empty(z.shape)
     problem = _Problem(
         x=x.data_ptr(),
@@ -178,6 +178,18 @@ class _Tables:
         if len(strides) == 2 and 1 not in strides:
             return None
         return _Weights(data, table, expert, *(*strides, 0)[:2])
+
+
+def route(ids: Tensor, experts: int) -> Routing | None:
+    """`Routing.of`."""
+    if (library := _library()) is None:
+        return None
+    ids = ids.to(torch.int64).contiguous()
+    order, place, counts = (ids.new_empty(size) for size in (ids.numel(), ids.numel(), experts + 1))
+    addresses = [ctypes.c_void_p(x.data_ptr()) for x in (ids, order, place, counts)]
+    sizes = ctypes.c_int64(ids.numel()), ctypes.c_int64(experts)
+    library.s2o_cpu_moe_route(addresses[0], *sizes, *addresses[1:])
+    return Routing(ids.shape[1], order, place, counts[:experts].tolist())
 
 
 def hidden(pre: Tensor, spec: ExpertSpec, weights: Tensor | None) -> Tensor | None:

@@ -31,8 +31,7 @@ class S2OConfig:
         strict: raise instead of declining a site, and on a failed verification.
         disable: names of passes not to run; see `PASSES`. "router" is the part of `experts` that computes scores
             and choices of rewritten layers on CUDA in fewer steps.
-        experts: also rewrite mixtures of experts, and on CUDA their routers: faster over many tokens than what
-            Inductor makes of the layer, on CPU at times slower for a single one, so not by default.
+        experts: rewrite mixtures of experts, too, and on CUDA their routers; False leaves them to Inductor.
         exclude: shell-style patterns of module paths whose sites stay as they are.
         dump_dir: folder for the graphs before and after each stage; None writes nothing.
         budget: how far long attention may be approximated where no gradients are needed: the estimated share
@@ -49,7 +48,7 @@ class S2OConfig:
     verify: Verify = "first"
     strict: bool = False
     disable: tuple[str, ...] = ()
-    experts: bool = False
+    experts: bool = True
     exclude: tuple[str, ...] = ()
     dump_dir: str | None = None
     budget: float = DEFAULT_BUDGET

@@ -115,7 +115,7 @@ def test_every_option_may_be_prefixed() -> None:
         "verify": "off",
         "strict": True,
         "disable": ["multi-head"],
-        "experts": True,
+        "experts": False,
         "exclude": ["layers.0.*"],
         "dump_dir": "graphs",
         "budget": 0.25,
@@ -142,10 +142,10 @@ def test_no_options_give_the_defaults() -> None:
     assert split_options({}, "default") == (S2OConfig(), {})
 
 
-def test_experts_are_left_alone_until_asked_for() -> None:
-    assert not S2OConfig().experts
-    asked = split_options({"experts": True}, None)[0]
-    assert asked.experts and split_options(asked.options(), None)[0] == asked
+def test_experts_are_rewritten_unless_asked_not_to() -> None:
+    assert S2OConfig().experts and "experts" not in S2OConfig().options()
+    left = split_options({"experts": False}, None)[0]
+    assert not left.experts and split_options(left.options(), None)[0] == left
 
 
 def test_a_config_is_immutable_and_hashable() -> None:
@@ -231,7 +231,7 @@ def test_the_cache_key_holds_every_option_that_changes_the_result() -> None:
         "inner": "aot_eager",
         "verify": "off",
         "disable": ("lift-masks",),
-        "experts": True,
+        "experts": False,
         "exclude": ("layers.*",),
         "budget": 0.25,
         "budgets": {"layers.*": 0.0},

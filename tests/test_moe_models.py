@@ -111,11 +111,17 @@ def rewritten(gm: fx.GraphModule, **options: Any) -> list[tuple[str, str | None]
     return [(site.status, site.reason) for site in report.sites if site.kind == "moe"]
 
 
-def test_experts_stay_as_they_are_unless_asked_for() -> None:
+def test_experts_stay_as_they_are_where_the_user_says_so() -> None:
     gm, _ = captured_layers()
     before = str(gm.graph)
-    assert rewritten(gm, experts=S2OConfig().experts) == []
+    assert rewritten(gm, experts=False) == []
     assert str(gm.graph) == before
+
+
+def test_experts_are_rewritten_without_further_words() -> None:
+    gm, _ = captured_layers()
+    pipeline.rewrite_dynamo_graph(gm, S2OConfig(), GraphReport())
+    assert len(gm.graph.find_nodes(op="call_function", target=rewrite.MOE_EXPERTS)) == 2
 
 
 def test_a_layer_that_reads_another_ones_output_follows_it() -> None:
