@@ -91,7 +91,7 @@ def compare(
 ) -> dict[str, float]:
     """Milliseconds of the layer under Inductor and under s2o."""
     layer = build(form, experts, dtype)
-    x = torch.randn(1, tokens, SHAPES[experts][0]).to(dtype)
+    x = torch.randn(1, tokens, SHAPES[experts][0]).to(dtype).requires_grad_(training)
     torch._dynamo.reset()
     layers = {
         "inductor": torch.compile(layer, backend="inductor", dynamic=False),

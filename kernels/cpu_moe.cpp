@@ -44,8 +44,8 @@ constexpr int64_t kPiece = 256;      // columns of a product that one thread mak
 constexpr int64_t kLeast = 64;       // columns worth a task of their own
 constexpr int64_t kWorth = 1 << 17;  // bytes of weights from which more than one thread is worth waking
 
-// order = the choices by expert and, of an expert, as they come, those of no expert last; counts (experts + 1) = how many
-// each has.
+// order = the choices by expert and, of an expert, as they come, those of no expert last; counts (experts + 1) = how
+// many each has.
 void sort_choices(const int64_t* ids, int64_t choices, int64_t experts, int64_t* order, int64_t* counts) {
   const auto bin = [&](int64_t i) { return ids[i] >= 0 && ids[i] < experts ? ids[i] : experts; };
   std::fill(counts, counts + experts + 1, 0);
@@ -215,6 +215,12 @@ extern "C" int s2o_cpu_moe(const Problem* problem) {
 extern "C" void s2o_cpu_moe_hidden(const HiddenRows* rows) {
   with_expert(rows->formula, [&](const auto& expert) {
     rows->bytes == 4 ? activate_rows<float>(*rows, expert) : activate_rows<BFloat16>(*rows, expert);
+  });
+}
+
+extern "C" void s2o_cpu_moe_hidden_backward(const HiddenGradients* rows) {
+  with_expert(rows->formula, [&](const auto& expert) {
+    rows->bytes == 4 ? differentiate_rows<float>(*rows, expert) : differentiate_rows<BFloat16>(*rows, expert);
   });
 }
 

@@ -55,6 +55,25 @@ inline Vec activate(Vec x, float alpha) {
   return x;
 }
 
+// The derivative of `activate`.
+template <Activation A>
+inline Vec slope(Vec x, float alpha) {
+  const Vec one = splat(1.0f);
+  if constexpr (A == Activation::kRelu) return x <= Vec{} ? Vec{} : one;
+  if constexpr (A == Activation::kRelu2) return x <= Vec{} ? Vec{} : 2.0f * x;
+  if constexpr (A == Activation::kSilu) {
+    const Vec s = sigmoid(x * alpha);
+    return s * (1.0f + x * alpha * (1.0f - s));
+  }
+  if constexpr (A == Activation::kGelu)  // the distribution, and x times the density
+    return 0.5f * twice_normal(x) + x * 0.398942280f * exp2_of(x * x * -0.721347520f);
+  if constexpr (A == Activation::kGeluTanh) {
+    const Vec s = sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    return s + x * s * (1.0f - s) * (1.59576912f + 0.214064448f * x * x);
+  }
+  return one;
+}
+
 // act(min(gate, limit)) * (clamp(up, -limit, limit) + shift), or without the second factor.
 template <Activation A>
 class Expert {
@@ -65,6 +84,16 @@ class Expert {
   Vec operator()(Vec gate) const { return activate<A>(gate > limit_ ? limit_ : gate, alpha_); }
   Vec operator()(Vec gate, Vec up) const {
     return (*this)(gate) * ((up > limit_ ? limit_ : up < -limit_ ? -limit_ : up) + shift_);
+  }
+  // Turns gate and up, before any limit, into the gradients of both, for that of the result.
+  void differentiate(Vec grad, Vec* gate, Vec* up) const {
+    const Vec inner = *gate > limit_ ? limit_ : *gate;
+    const Vec outer = *up > limit_ ? limit_ : *up < -limit_ ? -limit_ : *up;
+    *up = magnitude_of(*up) > limit_ ? Vec{} : grad * activate<A>(inner, alpha_);
+    *gate = differentiate(grad * (outer + shift_), *gate);
+  }
+  Vec differentiate(Vec grad, Vec gate) const {
+    return gate > limit_ ? Vec{} : grad * slope<A>(gate, alpha_);
   }
 
  private:

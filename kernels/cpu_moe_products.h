@@ -191,7 +191,8 @@ template <int ROWS, class W>
 void multiply_rows(const float* const* rows, const Matrix<W>& m, int64_t begin, int64_t end, int64_t depth,
                    float* result, int64_t result_stride) {
   if (m.in == 1) {
-    constexpr int kMost = kLanes >= 16 ? 16 : 8, OUTS = ROWS == 3 ? kMost / 4 : std::min(kMost / 2, kMost / ROWS);  // sums in registers
+    constexpr int kSums = kLanes >= 16 ? 16 : 8;  // in registers
+    constexpr int OUTS = ROWS == 3 ? kSums / 4 : std::min(kSums / 2, kSums / ROWS);
     const Last last(depth);
     int64_t o = begin;
     for (; o + OUTS <= end; o += OUTS)

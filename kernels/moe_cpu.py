@@ -216,6 +216,19 @@ def hidden_backward(grad: Tensor, pre: Tensor, spec: ExpertSpec) -> Tensor:
     return result
 
 
+def _hidden_backward(
+    grad: Tensor, pre: Tensor, spec: ExpertSpec, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `moe_cpu_native.hidden_backward`, in torch where there is no other way."""
+    if (found := moe_cpu_native.hidden_backward(grad, pre, spec, weights)) is not None:
+        return found
+    h, wide_grad = hidden(pre, spec), grad.to(wide(grad.dtype))
+    grad_weights = (wide_grad * h).sum(dim=1)
+    if weights is not None:
+        wide_grad, h = wide_grad * weights, h * weights
+    return hidden_backward(wide_grad, pre, spec).to(pre.dtype), h.to(pre.dtype), grad_weights
+
+
 # ---------------------------------------------------------------------------------------- backward
 
 
@@ -255,20 +268,19 @@ def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, 
         x, dy = z.index_select(0, token), grad.index_select(0, token)
         scaled = (x.to(weight.dtype) * weight).to(x.dtype) if spec.score == "input" else x
         pre = kept[rows] if kept.shape[0] else _first(experts, scaled, parts, None)
-        h = hidden(pre, spec)
-        dh = torch.empty(h.shape, dtype=z.dtype)
+        dh = torch.empty(x.shape[0], experts.w2[0].shape[1], dtype=z.dtype)
         for expert, at in parts:
             torch.mm(dy[at], experts.w2[expert], out=dh[at])
-        wide_dh = dh.to(h.dtype)
-        if spec.score != "input":
-            grad_p[order] = (wide_dh * h).sum(dim=1)
-            wide_dh, h = wide_dh * weight, h * weight
-        dpre = hidden_backward(wide_dh, pre, spec).to(z.dtype)
-        dx = _first_backward(experts, dpre, parts, grad_x[rows]) if into.z is not None or into.p is not None else None
-        if spec.score == "input" and dx is not None:
-            grad_p[order] = (dx.to(h.dtype) * x).sum(dim=1)
-            dx.copy_(dx.to(h.dtype) * weight)
-        _weights_backward(experts, into, parts, scaled, dpre, h.to(z.dtype), dy)
+        scale = None if spec.score == "input" else weight
+        dpre, h, grad_scale = _hidden_backward(dh, pre, spec, scale)
+        if scale is not None:
+            grad_p[order] = grad_scale
+        if into.z is not None or (scale is None and into.p is not None):
+            dx = _first_backward(experts, dpre, parts, grad_x[rows])
+            if scale is None:
+                grad_p[order] = (dx.to(weight.dtype) * x).sum(dim=1)
+                dx.copy_(dx.to(weight.dtype) * weight)
+        _weights_backward(experts, into, parts, scaled, dpre, h, dy)
         if experts.b2 is not None:
             _second_bias_backward(experts, into, parts, dy, weight, grad_p, order)
     if into.z is not None:

@@ -69,6 +69,16 @@ class _Hidden(ctypes.Structure):
     ]
 
 
+class _HiddenGradients(ctypes.Structure):
+    """`HiddenGradients` of cpu_moe_rows.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pre", "grad", "weights", "grad_pre", "hidden", "grad_weights")),
+        *((name, ctypes.c_int64) for name in ("rows", "inner", "bytes", "threads")),
+        ("formula", _Formula),
+    ]
+
+
 class _Sums(ctypes.Structure):
     """`Sums` of cpu_moe_rows.h."""
 
@@ -216,6 +226,43 @@ def hidden(pre: Tensor, spec: ExpertSpec, weights: Tensor | None) -> Tensor | No
     )
     library.s2o_cpu_moe_hidden(ctypes.byref(rows))
     return result
+
+
+def hidden_backward(
+    grad: Tensor, pre: Tensor, spec: ExpertSpec, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What a backward pass wants of the hidden rows, in one pass.
+
+    Args:
+        grad: (rows, I), contiguous, the gradient of hidden rows times weights.
+        pre: (rows, columns) of the same dtype, contiguous.
+        spec: the formula of an expert.
+        weights: (rows, 1) float32, or None for ones.
+
+    Returns:
+        The gradient of pre, the hidden rows times weights, both in pre's dtype, and the gradient (rows) of the weights
+        in float32.
+    """
+    if pre.dtype not in (torch.float32, torch.bfloat16) or (library := _library()) is None:
+        return None
+    grad_pre, rows = torch.empty_like(pre), torch.empty_like(grad)
+    grad_weights = pre.new_empty(pre.shape[0], dtype=torch.float32)
+    weights = None if weights is None else weights.contiguous()
+    call = _HiddenGradients(
+        pre=pre.data_ptr(),
+        grad=grad.data_ptr(),
+        weights=None if weights is None else weights.data_ptr(),
+        grad_pre=grad_pre.data_ptr(),
+        hidden=rows.data_ptr(),
+        grad_weights=grad_weights.data_ptr(),
+        rows=grad.shape[0],
+        inner=grad.shape[1],
+        bytes=pre.itemsize,
+        threads=torch.get_num_threads(),
+        formula=_formula(spec),
+    )
+    library.s2o_cpu_moe_hidden_backward(ctypes.byref(call))
+    return grad_pre, rows, grad_weights
 
 
 def weighted_sum(y: Tensor, place: Tensor, weights: Tensor | None) -> Tensor | None:

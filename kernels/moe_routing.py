@@ -90,7 +90,8 @@ class Routing:
     def blocks(self, row_bytes: int) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
         """Sorted positions of a block, and of each of its experts relative to the block.
 
-        A row of the first product has `row_bytes`. An expert is never divided: its weight gradient is one product, rounded once.
+        A row of the first product has `row_bytes`. An expert is never divided: its weight gradient is one product,
+        rounded once.
         """
         most = BLOCK_BYTES // row_bytes
         start = size = 0

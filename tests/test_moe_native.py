@@ -1,4 +1,4 @@
-"""Routed experts in C++ on CPU: against float64, whatever the sizes and layouts, and what torch code gives without it."""
+"""Routed experts in C++ on CPU: against float64 for all sizes and layouts, and beside what torch code gives."""
 
 from __future__ import annotations
 
@@ -172,6 +172,29 @@ def test_activations_of_rows(
     low, gold = moe_cpu.hidden(pre, spec), reference_moe.hidden(pre.double(), spec)
     low, gold = (x if weights is None else x * weights for x in (low, gold))
     assert_close_to_gold(actual, low.to(dtype), gold, what=f"{spec}", condition=8.0)
+
+
+@settings(max_examples=60)
+@given(
+    spec=specs(), rows=st.integers(0, 5), inner=SIZES, weighted=st.booleans(), large=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_gradients_of_activations(
+    spec: ExpertSpec, rows: int, inner: int, weighted: bool, large: bool, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pre = (torch.randn(rows, spec.halves * inner, generator=generator) * (30.0 if large else 1.0)).to(dtype)
+    grad = torch.randn(rows, inner, generator=generator).to(dtype)
+    weights = torch.rand(rows, 1, generator=generator) if weighted else None
+    actual = moe_cpu_native.hidden_backward(grad, pre, spec, weights)
+    assert actual is not None
+    with mock.patch.object(native, "library", lambda *_: None):
+        low = moe_cpu._hidden_backward(grad, pre, spec, weights)
+        gold = moe_cpu._hidden_backward(
+            grad.double(), pre.double(), spec, None if weights is None else weights.double()
+        )
+    for name, *found in zip(("pre", "hidden", "weights"), actual, low, gold, strict=True):
+        assert_close_to_gold(*found, what=f"{name} of {spec}", condition=8.0)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu2", "silu", "gelu", "gelu_tanh"])
