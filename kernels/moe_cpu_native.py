@@ -11,6 +11,7 @@ function here returns None, and callers have torch code.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, get_args
 
 import torch
@@ -92,6 +93,7 @@ def _library() -> ctypes.CDLL | None:
     return native.library("cpu_moe", ("-fopenmp",))
 
 
+@functools.lru_cache(maxsize=256)
 def _formula(spec: ExpertSpec) -> _Formula:
     limit = float("inf") if spec.limit is None else spec.limit
     position = get_args(Activation).index(spec.activation), get_args(Gate).index(spec.gate)
