@@ -67,7 +67,7 @@ def test_a_prefix_does_not_turn_an_option_of_inductor_into_ours() -> None:
         ({"verify": "sometimes"}, r"'verify' must be one of first, always, off; got 'sometimes'"),
         ({"verify": True}, r"'verify' must be one of .*; got True"),
         ({"strict": 1}, r"'strict' must be True or False; got 1"),
-        ({"experts": 1}, r"'experts' must be True or False; got 1"),
+        ({"experts": 1}, r"'experts' must be True or False, or None to decide; got 1"),
         ({"strict": "yes"}, r"'strict' must be True or False; got 'yes'"),
         ({"disable": "attention"}, r"'disable' must be a list of strings; got 'attention'"),
         ({"disable": ["atention"]}, r"'disable' must be one of .*; got 'atention'.*'attention'"),
@@ -142,10 +142,10 @@ def test_no_options_give_the_defaults() -> None:
     assert split_options({}, "default") == (S2OConfig(), {})
 
 
-def test_experts_are_rewritten_unless_asked_not_to() -> None:
-    assert S2OConfig().experts and "experts" not in S2OConfig().options()
-    left = split_options({"experts": False}, None)[0]
-    assert not left.experts and split_options(left.options(), None)[0] == left
+@pytest.mark.parametrize("experts", [None, True, False])
+def test_what_is_said_of_experts_survives(experts: bool | None) -> None:
+    config = split_options({"experts": experts}, None)[0]
+    assert config.experts is experts and split_options(config.options(), None)[0] == config
 
 
 def test_a_config_is_immutable_and_hashable() -> None:
