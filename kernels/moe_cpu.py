@@ -4,6 +4,8 @@ The choices (t, k) are sorted by expert, so that every expert's rows lie togethe
 blocks of a bounded number of rows: gather and activation run once per block, on data that is still
 in cache, and not once per expert, which at 512 experts would be mostly overhead. Sums over a
 token's choices are made in the order of k, so results do not depend on the number of threads.
+
+Where experts have few rows, `moe_cpu_native` makes the whole call; elsewhere it makes what surrounds the products.
 """
 
 from __future__ import annotations
