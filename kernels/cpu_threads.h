@@ -37,4 +37,21 @@ bool on_threads(int64_t threads, int64_t tasks, const Make& make) {
   return !failed;
 }
 
+// The same for tasks that take microseconds, need no memory of their own and throw nothing: on the threads of OpenMP
+// where the compiler has it, which are torch's own and awake. One thread leaves these alone; fewer of them than torch
+// has would end the others.
+template <class Work>
+void on_team(int64_t threads, int64_t tasks, const Work& work) {
+  if (threads < 2 || tasks < 2) {
+    for (int64_t task = 0; task < tasks; ++task) work(task);
+    return;
+  }
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
+  for (int64_t task = 0; task < tasks; ++task) work(task);
+#else
+  on_threads(threads, tasks, [&] { return [&](int64_t task) { work(task); }; });
+#endif
+}
+
 }  // namespace s2o

@@ -4,6 +4,8 @@ The choices (t, k) are sorted by expert, so that every expert's rows lie togethe
 blocks of a bounded number of rows: gather and activation run once per block, on data that is still
 in cache, and not once per expert, which at 512 experts would be mostly overhead. Sums over a
 token's choices are made in the order of k, so results do not depend on the number of threads.
+
+Where experts have few rows, `moe_cpu_native` makes the whole call; elsewhere it makes what surrounds the products.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2o_inductor.kernels import moe_cpu_native
 from s2o_inductor.kernels.moe_routing import Experts as Experts  # these two are part of what callers import
 from s2o_inductor.kernels.moe_routing import PerExpert as PerExpert
 from s2o_inductor.kernels.moe_routing import Routing, part, wide
@@ -30,9 +33,11 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         p: (T, K).
         keep: store what the backward pass would otherwise compute again, (T * K, columns).
     """
+    if not keep and (output := moe_cpu_native.forward(experts, z, ids, p)) is not None:
+        return output, z.new_empty(0, experts.columns)
     if not keep and ids.numel() and (ids.shape[0] == 1 or 4 * ids.numel() <= experts.number):
         return _few(experts, z, ids, p), z.new_empty(0, experts.columns)
-    routing = Routing.of(ids, experts.number)
+    routing = _route(ids, experts.number)
     kept = torch.empty(ids.numel() if keep else 0, experts.columns, dtype=z.dtype)
     y = torch.empty(ids.numel(), z.shape[1], dtype=z.dtype)
     y[routing.routed :] = 0.0
@@ -40,17 +45,22 @@ def forward(experts: Experts, z: Tensor, ids: Tensor, p: Tensor, keep: bool) -> 
         kept[routing.routed :] = 0.0
     score = experts.spec.score
     weights = p.reshape(-1, 1).to(wide(z.dtype))
-    for rows, parts in routing.blocks(experts.columns):
+    for rows, parts in routing.blocks(experts.columns * z.itemsize):
         order = routing.order[rows]
         x = z.index_select(0, order // routing.choices)
         if score == "input":
             x = (x.to(weights.dtype) * weights[order]).to(z.dtype)
         pre = _first(experts, x, parts, kept[rows] if keep else None)
-        h = hidden(pre, experts.spec)
-        if score == "hidden":
-            h = h * weights[order]
-        _second(experts, h.to(z.dtype), parts, y[rows])
+        scale = weights[order] if score == "hidden" else None
+        if (h := moe_cpu_native.hidden(pre, experts.spec, scale)) is None:
+            h = hidden(pre, experts.spec)
+            h = (h if scale is None else h * scale).to(z.dtype)
+        _second(experts, h, parts, y[rows])
     return _combine(y, routing, weights if score == "output" else None, z), kept
+
+
+def _route(ids: Tensor, experts: int) -> Routing:
+    return moe_cpu_native.route(ids, experts) or Routing.of(ids, experts)
 
 
 def _few(experts: Experts, z: Tensor, ids: Tensor, p: Tensor) -> Tensor:
@@ -131,6 +141,8 @@ def _combine(y: Tensor, routing: Routing, weights: Tensor | None, z: Tensor) -> 
     if y.numel() == 0:
         return torch.zeros_like(z, memory_format=torch.contiguous_format)
     place = routing.place.view(tokens, routing.choices)
+    if (sums := moe_cpu_native.weighted_sum(y, place, weights)) is not None:
+        return sums
     if y.dtype == wide(y.dtype):  # one pass; torch has it for weights of y's dtype alone
         scale = None if weights is None else weights.view(tokens, routing.choices).contiguous()
         return F.embedding_bag(place, y, mode="sum", per_sample_weights=scale)
@@ -206,6 +218,19 @@ def hidden_backward(grad: Tensor, pre: Tensor, spec: ExpertSpec) -> Tensor:
     return result
 
 
+def _hidden_backward(
+    grad: Tensor, pre: Tensor, spec: ExpertSpec, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `moe_cpu_native.hidden_backward`, in torch where there is no other way."""
+    if (found := moe_cpu_native.hidden_backward(grad, pre, spec, weights)) is not None:
+        return found
+    h, wide_grad = hidden(pre, spec), grad.to(wide(grad.dtype))
+    grad_weights = (wide_grad * h).sum(dim=1)
+    if weights is not None:
+        wide_grad, h = wide_grad * weights, h * weights
+    return hidden_backward(wide_grad, pre, spec).to(pre.dtype), h.to(pre.dtype), grad_weights
+
+
 # ---------------------------------------------------------------------------------------- backward
 
 
@@ -233,32 +258,31 @@ def backward(experts: Experts, grad: Tensor, z: Tensor, ids: Tensor, p: Tensor, 
         kept: the first products that `forward` stored, or an empty tensor to compute them again.
         into: its weights are (out, in) views per expert.
     """
-    routing, spec = Routing.of(ids, experts.number), experts.spec
+    routing, spec = _route(ids, experts.number), experts.spec
     _zero_idle_experts(routing, into)
     weights = p.reshape(-1, 1).to(wide(z.dtype))
     grad_p = torch.zeros(ids.numel(), dtype=weights.dtype)
     grad_x = torch.empty(ids.numel() if into.z is not None else 0, z.shape[1], dtype=z.dtype)
     grad_x[routing.routed :] = 0.0
-    for rows, parts in routing.blocks(experts.columns):
+    for rows, parts in routing.blocks(experts.columns * z.itemsize):
         order = routing.order[rows]
         token, weight = order // routing.choices, weights[order]
         x, dy = z.index_select(0, token), grad.index_select(0, token)
         scaled = (x.to(weight.dtype) * weight).to(x.dtype) if spec.score == "input" else x
         pre = kept[rows] if kept.shape[0] else _first(experts, scaled, parts, None)
-        h = hidden(pre, spec)
-        dh = torch.empty(h.shape, dtype=z.dtype)
+        dh = torch.empty(x.shape[0], experts.w2[0].shape[1], dtype=z.dtype)
         for expert, at in parts:
             torch.mm(dy[at], experts.w2[expert], out=dh[at])
-        wide_dh = dh.to(h.dtype)
-        if spec.score != "input":
-            grad_p[order] = (wide_dh * h).sum(dim=1)
-            wide_dh, h = wide_dh * weight, h * weight
-        dpre = hidden_backward(wide_dh, pre, spec).to(z.dtype)
-        dx = _first_backward(experts, dpre, parts, grad_x[rows]) if into.z is not None or into.p is not None else None
-        if spec.score == "input" and dx is not None:
-            grad_p[order] = (dx.to(h.dtype) * x).sum(dim=1)
-            dx.copy_(dx.to(h.dtype) * weight)
-        _weights_backward(experts, into, parts, scaled, dpre, h.to(z.dtype), dy)
+        scale = None if spec.score == "input" else weight
+        dpre, h, grad_scale = _hidden_backward(dh, pre, spec, scale)
+        if scale is not None:
+            grad_p[order] = grad_scale
+        if into.z is not None or (scale is None and into.p is not None):
+            dx = _first_backward(experts, dpre, parts, grad_x[rows])
+            if scale is None:
+                grad_p[order] = (dx.to(weight.dtype) * x).sum(dim=1)
+                dx.copy_(dx.to(weight.dtype) * weight)
+        _weights_backward(experts, into, parts, scaled, dpre, h, dy)
         if experts.b2 is not None:
             _second_bias_backward(experts, into, parts, dy, weight, grad_p, order)
     if into.z is not None:

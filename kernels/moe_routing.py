@@ -11,8 +11,8 @@ from torch import Tensor
 
 from s2o_inductor.moe_spec import ExpertSpec
 
-# Elements of the first product that one block holds: what fits a core's second-level cache.
-BLOCK_ELEMENTS = 2**18
+# Bytes of the first product that one block holds: what fits a core's second-level cache.
+BLOCK_BYTES = 2**20
 # What each expert has of its own: a tensor whose first axis is the expert, or one tensor per expert.
 PerExpert: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -87,12 +87,13 @@ class Routing:
         """How many choices are of an expert."""
         return sum(self.counts)
 
-    def blocks(self, columns: int) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    def blocks(self, row_bytes: int) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
         """Sorted positions of a block, and of each of its experts relative to the block.
 
-        An expert is never divided: its weight gradient is one product, rounded once.
+        A row of the first product has `row_bytes`. An expert is never divided: its weight gradient is one product,
+        rounded once.
         """
-        most = BLOCK_ELEMENTS // columns
+        most = BLOCK_BYTES // row_bytes
         start = size = 0
         inside: list[tuple[int, slice]] = []
         for expert, count in enumerate(self.counts):

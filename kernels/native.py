@@ -28,10 +28,21 @@ _SECONDS = 300
 
 
 @functools.cache  # concurrent first calls may both build: the last to finish replaces an equal file
-def library(name: str) -> ctypes.CDLL | None:
-    """The library made from `name`.cpp; None, with one line in the log, where it cannot be had."""
+def library(name: str, wished: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library made from `name`.cpp; None, with one line in the log, where it cannot be had.
+
+    Args:
+        name: of the file.
+        wished: options that make it faster, and that not every compiler knows.
+    """
+    source = Path(__file__).with_name(f"{name}.cpp")
     try:
-        return ctypes.CDLL(str(_build(Path(__file__).with_name(f"{name}.cpp"))))
+        try:
+            return ctypes.CDLL(str(_build(source, wished)))
+        except (OSError, RuntimeError, subprocess.SubprocessError):
+            if not wished:
+                raise
+            return ctypes.CDLL(str(_build(source)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("no native CPU kernel %r, torch code runs instead: %s", name, error)
         return None
@@ -70,11 +81,11 @@ def _target(compiler: list[str]) -> tuple[tuple[str, ...], bytes]:
     raise RuntimeError(f"{shlex.join(compiler)} does not work: {message.strip()[:500]}")
 
 
-def _build(source: Path) -> Path:
+def _build(source: Path, wished: tuple[str, ...] = ()) -> Path:
     """The path of the compiled library, which is made where it is missing."""
     compiler = _compiler()
     flags, macros = _target(compiler)
-    command = [*compiler, *_FLAGS, *flags]
+    command = [*compiler, *_FLAGS, *flags, *wished]
     texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
     key = hashlib.sha256(b"\0".join((shlex.join(command).encode(), macros, *texts))).hexdigest()[:20]
     folder = cache_folder()

@@ -29,6 +29,7 @@ from s2o_inductor.passes import (
     masks,
     mha,
     moe,
+    moe_defaults,
     moe_router,
     moe_sizes,
     moe_verify,
@@ -38,7 +39,7 @@ from s2o_inductor.passes import (
     verify_mask,
 )
 from s2o_inductor.passes.graph_utils import Refusal
-from s2o_inductor.passes.records import AttentionSite, Declined, Recorder, Site
+from s2o_inductor.passes.records import AttentionSite, Declined, ExpertsSite, Recorder, Site
 
 log = logging.getLogger("s2o_inductor")
 
@@ -75,7 +76,7 @@ def _rewrite_attention(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder
 
 
 def _rewrite_experts(gm: fx.GraphModule, config: S2OConfig, recorder: Recorder, names: _SiteNames) -> None:
-    if not config.experts:
+    if config.experts is False:
         return
     sites, declined = _guarded(lambda: moe.find_experts(gm.graph), "experts", ([], []))
     _rewrite_sites(gm, "moe", sites, declined, config, recorder, names)
@@ -91,6 +92,9 @@ def _rewrite_sites(
     for site in sites:
         if any(fnmatch.fnmatch(site.where, pattern) for pattern in config.exclude):
             excluded.append(Declined(kind, site.where, "excluded by option 'exclude'", site.output))
+            continue
+        if isinstance(site, ExpertsSite) and config.experts is None and (reason := moe_defaults.better_left(site)):
+            excluded.append(Declined(kind, site.where, reason, site.output))
             continue
         checked = _verify_site(gm.graph, kind, site, config, recorder)
         if isinstance(checked, Declined):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
-from torch import fx
+from torch import Tensor, fx
 
 from s2o_inductor.mask_spec import EmptyRows, MaskSpec
 from s2o_inductor.moe_spec import ExpertSpec
@@ -121,6 +121,13 @@ class ExpertsSite:
     def operand_nodes(self) -> tuple[fx.Node, ...]:
         """Every tensor that the op reads, each once."""
         return tuple(dict.fromkeys(node for operand in self.operands() for node in each(operand)))
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether one flows through the site."""
+        # A view of a parameter says that it requires a gradient under no_grad as well; but there it is a leaf.
+        values = [node.meta.get("example_value") for node in self.region]
+        return any(isinstance(x, Tensor) and x.requires_grad and not x.is_leaf for x in values)
 
     @property
     def last(self) -> fx.Node:

@@ -15,7 +15,7 @@ import s2o_inductor.moe_ops
 import s2o_inductor.ops
 import s2o_inductor.router_ops  # noqa: F401  registers the operators named below
 from s2o_inductor.mask_spec import MaskSpec
-from s2o_inductor.passes.graph_utils import fake, made
+from s2o_inductor.passes.graph_utils import made
 from s2o_inductor.passes.records import AttentionSite, ExpertsSite, MaskOperand, Operand, Site, each
 
 MOE_EXPERTS = torch.ops.s2o.moe_experts.default
@@ -75,9 +75,7 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite, name: str) -> fx.Node:
     Experts that are separate tensors go to `s2o::moe_experts_list`.
     """
     output, separate = made(site.output), isinstance(site.w2, tuple)
-    # A view of a parameter says that it requires a gradient under no_grad as well; but there it is a leaf.
-    values = [value for node in site.region if (value := fake(node)) is not None]
-    keep = any(value.requires_grad and not value.is_leaf for value in values)
+    keep = site.needs_gradient
     added: list[fx.Node] = []
 
     def call(method: str, node: fx.Node, *args: Any) -> fx.Node:

@@ -31,8 +31,8 @@ class S2OConfig:
         strict: raise instead of declining a site, and on a failed verification.
         disable: names of passes not to run; see `PASSES`. "router" is the part of `experts` that computes scores
             and choices of rewritten layers on CUDA in fewer steps.
-        experts: also rewrite mixtures of experts, and on CUDA their routers: faster over many tokens than what
-            Inductor makes of the layer, on CPU at times slower for a single one, so not by default.
+        experts: rewrite mixtures of experts, too, and on CUDA their routers: True all that are found, False none, None
+            those that then take no longer, by measurement (BENCHMARKS.md): all but a few forms on CPU.
         exclude: shell-style patterns of module paths whose sites stay as they are.
         dump_dir: folder for the graphs before and after each stage; None writes nothing.
         budget: how far long attention may be approximated where no gradients are needed: the estimated share
@@ -49,7 +49,7 @@ class S2OConfig:
     verify: Verify = "first"
     strict: bool = False
     disable: tuple[str, ...] = ()
-    experts: bool = False
+    experts: bool | None = None
     exclude: tuple[str, ...] = ()
     dump_dir: str | None = None
     budget: float = DEFAULT_BUDGET
@@ -61,9 +61,10 @@ class S2OConfig:
     def __post_init__(self) -> None:
         _one_of("inner", self.inner, get_args(Inner))
         _one_of("verify", self.verify, get_args(Verify))
-        for name in ("strict", "experts"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"option {name!r} must be True or False; got {getattr(self, name)!r}")
+        if not isinstance(self.strict, bool):
+            raise OptionError(f"option 'strict' must be True or False; got {self.strict!r}")
+        if self.experts is not None and not isinstance(self.experts, bool):
+            raise OptionError(f"option 'experts' must be True or False, or None to decide; got {self.experts!r}")
         for name in ("disable", "exclude"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):

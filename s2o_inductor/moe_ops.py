@@ -60,7 +60,7 @@ def moe_experts(
     """u[t] = sum over k of p[t, k] * expert ids[t, k] of z[t]: the routed core of a mixture of experts.
 
     Products accumulate in at least float32; the hidden rows and each expert's output are rounded to
-    z's dtype once, weights are multiplied and choices summed in at least float32, and the sum is
+    z's dtype at most once, weights are multiplied and choices summed in at least float32, and the sum is
     rounded once. A LatentMoE layer calls this between its two projections.
 
     Args:

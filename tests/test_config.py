@@ -67,7 +67,7 @@ def test_a_prefix_does_not_turn_an_option_of_inductor_into_ours() -> None:
         ({"verify": "sometimes"}, r"'verify' must be one of first, always, off; got 'sometimes'"),
         ({"verify": True}, r"'verify' must be one of .*; got True"),
         ({"strict": 1}, r"'strict' must be True or False; got 1"),
-        ({"experts": 1}, r"'experts' must be True or False; got 1"),
+        ({"experts": 1}, r"'experts' must be True or False, or None to decide; got 1"),
         ({"strict": "yes"}, r"'strict' must be True or False; got 'yes'"),
         ({"disable": "attention"}, r"'disable' must be a list of strings; got 'attention'"),
         ({"disable": ["atention"]}, r"'disable' must be one of .*; got 'atention'.*'attention'"),
@@ -115,7 +115,7 @@ def test_every_option_may_be_prefixed() -> None:
         "verify": "off",
         "strict": True,
         "disable": ["multi-head"],
-        "experts": True,
+        "experts": False,
         "exclude": ["layers.0.*"],
         "dump_dir": "graphs",
         "budget": 0.25,
@@ -142,10 +142,10 @@ def test_no_options_give_the_defaults() -> None:
     assert split_options({}, "default") == (S2OConfig(), {})
 
 
-def test_experts_are_left_alone_until_asked_for() -> None:
-    assert not S2OConfig().experts
-    asked = split_options({"experts": True}, None)[0]
-    assert asked.experts and split_options(asked.options(), None)[0] == asked
+@pytest.mark.parametrize("experts", [None, True, False])
+def test_what_is_said_of_experts_survives(experts: bool | None) -> None:
+    config = split_options({"experts": experts}, None)[0]
+    assert config.experts is experts and split_options(config.options(), None)[0] == config
 
 
 def test_a_config_is_immutable_and_hashable() -> None:
@@ -231,7 +231,7 @@ def test_the_cache_key_holds_every_option_that_changes_the_result() -> None:
         "inner": "aot_eager",
         "verify": "off",
         "disable": ("lift-masks",),
-        "experts": True,
+        "experts": False,
         "exclude": ("layers.*",),
         "budget": 0.25,
         "budgets": {"layers.*": 0.0},

@@ -111,11 +111,43 @@ def rewritten(gm: fx.GraphModule, **options: Any) -> list[tuple[str, str | None]
     return [(site.status, site.reason) for site in report.sites if site.kind == "moe"]
 
 
-def test_experts_stay_as_they_are_unless_asked_for() -> None:
+def test_experts_stay_as_they_are_where_the_user_says_so() -> None:
     gm, _ = captured_layers()
     before = str(gm.graph)
-    assert rewritten(gm, experts=S2OConfig().experts) == []
+    assert rewritten(gm, experts=False) == []
     assert str(gm.graph) == before
+
+
+@pytest.mark.parametrize(
+    ("implementation", "tokens", "training", "dtype", "left"),
+    [
+        ("grouped_mm", 2, False, torch.float32, None),
+        ("grouped_mm", 2, False, torch.bfloat16, None),
+        ("grouped_mm", 2, True, torch.float32, None),
+        ("grouped_mm", 2, True, torch.bfloat16, "Inductor trains grouped products in half precision faster on CPU"),
+        ("batched_mm", 20, False, torch.float32, None),
+        ("batched_mm", 2, True, torch.bfloat16, None),
+        ("batched_mm", 2, False, torch.float32, "Inductor runs 2 tokens on gathered matrices faster on CPU"),
+    ],
+)
+def test_without_further_words_experts_are_rewritten_unless_inductor_is_faster(
+    implementation: str, tokens: int, training: bool, dtype: torch.dtype, left: str | None
+) -> None:
+    model = build("olmoe", implementation).to(dtype)
+    given = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"experts": True}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="s2o", options={"inner": "aot_eager", "strict": True, **options})
+        with torch.set_grad_enabled(training):
+            compiled(given, use_cache=False)
+        sites = [site for site in s2o_inductor.last_report().to_dict()["sites"] if site["kind"] == "moe"]
+        assert len(sites) == 2
+        for site in sites:
+            if left is None or options:
+                assert (site["status"], site["reason"]) == ("rewritten", None)
+            else:
+                assert site["status"] == "declined" and site["reason"].startswith(left)
+                assert "experts=True" in site["reason"]
 
 
 def test_a_layer_that_reads_another_ones_output_follows_it() -> None:

@@ -205,9 +205,9 @@ def test_renaming_experts_and_reordering_tokens_changes_nothing_else() -> None:
 
 
 def test_many_experts_share_blocks_and_a_large_one_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_routing, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(moe_routing, "BLOCK_BYTES", 64)
     ids = torch.tensor([[0, 1], [0, 2], [0, 3], [0, 4], [0, 1]])
-    blocks = list(moe_cpu.Routing.of(ids, 6).blocks(columns=16))
+    blocks = list(moe_cpu.Routing.of(ids, 6).blocks(row_bytes=16))
     assert [rows for rows, _ in blocks] == [slice(0, 5), slice(5, 9), slice(9, 10)]
     assert [[expert for expert, _ in parts] for _, parts in blocks] == [[0], [1, 2, 3], [4]]
 
