@@ -83,11 +83,14 @@ def compile_graph(
     patches: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Both stages and the inner compiler on one captured graph; `patches` are Inductor's."""
+    from torch._inductor import config as inductor_config
+
     from s2o_inductor.passes import pipeline
 
     record = report.new_graph_report(gm)
     _dump(gm, config, "0-captured")
-    pipeline.rewrite_dynamo_graph(gm, config, record)
+    with inductor_config.patch(dict(patches or {})):  # what is rewritten may depend on how it will be compiled
+        pipeline.rewrite_dynamo_graph(gm, config, record)
     _dump(gm, config, "1-rewritten")
     record.emit()
     if config.inner == "eager":
