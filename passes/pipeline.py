@@ -368,7 +368,8 @@ def fingerprint() -> str:
     root = Path(__file__).resolve().parent.parent
     package = Path(mask_spec.__file__).resolve().parent
     folders = dict.fromkeys((package, package / "passes", package / "kernels", root / "passes", root / "kernels"))
-    for source in sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")}):
+    kinds = (".py", ".cpp", ".h")
+    for source in sorted({path.resolve() for folder in folders for path in folder.rglob("*") if path.suffix in kinds}):
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
     digest.update(f"{torch.__version__} {platform.machine()} {_triton_version()} {_device()}".encode())

@@ -72,10 +72,15 @@ def calibrate(
 
     Raises:
         OptionError: an option is unknown or out of range.
-        S2OError: `target_error` is not positive, there is no batch, or no attention is long enough to approximate.
+        S2OError: `target_error` is not positive, `batches` is no list or is empty, or no attention is long enough to
+            approximate.
     """
     if not target_error > 0:
         raise S2OError(f"target_error must be above 0; got {target_error}. For exact results set budget=0.")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise S2OError(
+            f"batches must be a list of inputs, each a tensor, tuple or dictionary; got {type(batches).__name__}"
+        )
     inputs = [_arguments(batch) for batch in batches]
     if not inputs:
         raise S2OError("calibrate needs at least one batch; got none")

@@ -144,12 +144,14 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
 
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options must be a dictionary of names and values; got {options!r}")
     known_inductor = inductor_config.get_config_copy()
     ours = {field.name for field in dataclasses.fields(S2OConfig)}
     patches: dict[str, Any] = {}
     if mode not in (None, "default"):
         modes = list_mode_options()
-        _one_of("mode", mode, ("default", *modes))
+        _one_of("mode", mode, tuple(dict.fromkeys(("default", *modes))))
         patches.update(modes[mode])
     mine: dict[str, Any] = {}
     for name, value in (options or {}).items():
@@ -177,21 +179,23 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
     return config, patches
 
 
-def _number(option: str, value: object) -> float:
+def _number(option: str, value: object, of: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise OptionError(f"option {option!r} must be a number from 0 to 1; got {value!r}")
+        raise OptionError(f"option {option!r}{of} must be a number from 0 to 1; got {value!r}")
     return float(value)
 
 
 def _budgets(given: object) -> dict[str, float | tuple[float, ...]]:
     if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
         raise OptionError(f"option 'budgets' must map patterns of module paths to budgets; got {given!r}")
-    return {
-        pattern: tuple(_number("budgets", one) for one in value)
-        if isinstance(value, (list, tuple)) and value
-        else _number("budgets", value)
-        for pattern, value in given.items()
-    }
+    found: dict[str, float | tuple[float, ...]] = {}
+    for pattern, value in given.items():
+        of = f" for {pattern!r}"
+        several = isinstance(value, (list, tuple)) and value
+        found[pattern] = (
+            tuple(_number("budgets", one, of) for one in value) if several else _number("budgets", value, of)
+        )
+    return found
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:

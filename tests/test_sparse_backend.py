@@ -451,6 +451,9 @@ def test_calibration_leaves_nothing_behind_and_says_what_is_wrong() -> None:
     assert torch.is_grad_enabled()
     with pytest.raises(S2OError, match=r"target_error must be above 0; got 0"):
         s2o_inductor.calibrate(Two(), [peaked()], target_error=0)
+    for batches in (5, peaked()[0]):  # a tensor would be taken for a list of its rows
+        with pytest.raises(S2OError, match="batches must be a list of inputs"):
+            s2o_inductor.calibrate(Two(), batches, target_error=0.1)
     with pytest.raises(S2OError, match="at least one batch"):
         s2o_inductor.calibrate(Two(), [], target_error=0.1)
     with pytest.raises(S2OError, match="min_seq"):
