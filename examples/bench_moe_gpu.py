@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="ways to run the kernels instead of whole calls")
     parser.add_argument("--no-peers", action="store_true", help="s2o alone")
     parser.add_argument("--peers", action="append", default=[], metavar="FILE", help="a Python file with more peers")
-    parser.add_argument("--seconds", type=float, default=280.0, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=280.0, help="begin nothing new after measuring so long")
     parser.add_argument("--json", help="write the rows here as well")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -396,13 +396,14 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e12:.2f} TB/s; times in us")
         if more is not None:
             warm_peers(names, lengths, options.peers)
+    ready = time.time()
     for name in names:
         weights = weights_of(MODELS[name])
         for tokens in lengths:
             for routing in options.routing.split(","):
                 if routing != "uniform" and (tokens not in SKEWED or options.sweep):
                     continue
-                if time.time() - start > options.seconds:
+                if time.time() - ready > options.seconds:
                     print(f"left out: {name}, {tokens} tokens, {routing}", flush=True)
                     continue
                 call = call_of(MODELS[name], weights, tokens, routing)

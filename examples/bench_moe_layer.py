@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--layers", default="super,qwen3")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--no-training", action="store_true")
-    parser.add_argument("--seconds", type=float, default=130.0, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=130.0, help="begin nothing new after measuring so long")
     parser.add_argument("--json", help="write the rows here as well")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -274,8 +274,9 @@ def main() -> None:
     compile_all(names, lengths, not options.no_training)
     speed = bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e12:.2f} TB/s; times in us")
+    ready = time.time()
     for name in names:
-        rows += bench(name, lengths, not options.no_training, speed, lambda: time.time() - start > options.seconds)
+        rows += bench(name, lengths, not options.no_training, speed, lambda: time.time() - ready > options.seconds)
         torch.cuda.empty_cache()
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1))
