@@ -142,14 +142,14 @@ def _for_rows(means: int, configs: list[Config]) -> list[Config]:
     return [config for config in configs if config.rows % means == 0]
 
 
-def _for_block(block: int, configs: list[Config]) -> list[Config]:
-    """Those configs whose keys a block has room for, or the last with as many as it has.
+def _for_block(run: int, block: int, configs: list[Config]) -> list[Config]:
+    """Those configs whose keys a block has room for, or the last with as many as it has; whole runs at a time.
 
     Not the first with fewer keys: 64 rows of float8 with 64 channels, shared by eight warps, are compiled into reads
     beyond the shared memory by Triton 3.6.
     """
-    fit = [config for config in configs if config.keys <= block]
-    return fit or [dataclasses.replace(configs[-1], keys=block)]
+    fit = [config for config in configs if config.keys <= block] or configs[-1:]
+    return [dataclasses.replace(config, keys=max(run, min(config.keys, block))) for config in fit]
 
 
 def rank(q: Tensor, k: Tensor, scale: float, tiling: Tiling, padding: Padding, groups: GroupTable) -> Ranking:
@@ -278,7 +278,7 @@ def order(
     if not hopper_sparse.score(ranking.k, tiling, programs, shared):
         configs = scores_configs(k.dtype, k.shape[3], means)
         launch(
-            scoring.scores_kernel, _for_block(geometry.block, configs), programs,
+            scoring.scores_kernel, _for_block(geometry.run, geometry.block, configs), programs,
             lambda config: {**shared, "GROUPED": config.rows // means, "k_tiles": tiles_of(ranking.k, config.keys)},
         )  # fmt: skip
     launch(sorting.histogram_kernel, [Config(0, 0, 4, 1)], lambda _: rows * segments, lambda _: shared)
