@@ -154,6 +154,34 @@ def _tile_of(
 
 
 @gluon.jit
+def _store_rows(
+    state, out_ptr, lse_ptr, batch, head, heads, positions, begin, queries, keys, SCORES: gl.constexpr,
+    OUTPUT: gl.constexpr,
+):  # fmt: skip
+    """Stores output and log-sum-exp of the rows from position `begin` on that lie in a tile's (first, end) positions.
+
+    `state` is what a softmax leaves: sums of weighted values (rows, D), the peak and the total of each row.
+    """
+    acc, peak, total = state
+    start, end = positions
+    ROWS: gl.constexpr = acc.shape[0]
+    position = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    empty = total == 0.0
+    whole = gl.where(empty, 1.0, total)
+    lse = gl.where(empty, float("-inf"), (peak + gl.log2(whole)) * LN_2)
+    query = position - (keys - queries)
+    exists = (position >= start) & (position < end)
+    gl.store(lse_ptr + (batch.to(gl.int64) * heads + head) * queries + query, lse, mask=exists)
+    acc = acc / gl.expand_dims(gl.convert_layout(whole, gl.SliceLayout(1, OUTPUT), assert_trivial=True), 1)
+    query = begin - (keys - queries) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUTPUT))
+    there = (query >= start - (keys - queries)) & (query < end - (keys - queries))
+    column = gl.expand_dims(gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, OUTPUT)), 0)
+    place = ((batch.to(gl.int64) * queries + query) * heads + head) * acc.shape[1]
+    out = acc.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + gl.expand_dims(place, 1) + column, out, mask=gl.expand_dims(there, 1))
+
+
+@gluon.jit
 def _report(pointers, at, positions, tiles, ranked, read, bundles, left):
     """Stores the statistics of a tile: `left` is the mean share that its rows are estimated to leave."""
     bundles_ptr, tail_ptr, pairs_ptr, visible_ptr = pointers
@@ -276,18 +304,10 @@ def attend_kernel(
     fence_async_shared()
     acc = warpgroup_mma(weights, v_ring.index(at % v_ring.shape[0]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    empty = total == 0.0
     seen = gl.sum((exists & (total > 0.0)).to(gl.int32), 0)
-    whole = gl.where(empty, 1.0, total)
-    lse = gl.where(empty, float("-inf"), (peak + gl.log2(whole)) * LN_2)
-    query = position - (keys - queries)
-    gl.store(lse_ptr + (batch.to(gl.int64) * heads + head) * queries + query, lse, mask=exists)
-    acc = acc / gl.expand_dims(gl.convert_layout(whole, gl.SliceLayout(1, OUTPUT), assert_trivial=True), 1)
-    query = begin - (keys - queries) + gl.arange(0, TILE, layout=gl.SliceLayout(1, OUTPUT))
-    there = (query >= start - (keys - queries)) & (query < end - (keys - queries))
-    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUTPUT)), 0)
-    place = ((batch.to(gl.int64) * queries + query) * heads + head) * D
-    gl.store(out_ptr + gl.expand_dims(place, 1) + column, acc.to(TYPE), mask=gl.expand_dims(there, 1))
+    _store_rows(
+        (acc, peak, total), out_ptr, lse_ptr, batch, head, heads, positions, begin, queries, keys, SCORES, OUTPUT
+    )
 
     pointers = (bundles_ptr, tail_ptr, pairs_ptr, visible_ptr)
     share = gl.sum(left, 0) / gl.maximum(seen, 1).to(gl.float32)

@@ -25,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide, _report, _tile_of
+from s2o_inductor.kernels.gluon_sparse_attention import RUN, _hide, _report, _store_rows, _tile_of
 from s2o_inductor.kernels.launching import UNSPECIALIZED
-from s2o_inductor.kernels.primitives import LN_2, LOG2_E
+from s2o_inductor.kernels.primitives import LOG2_E
 
 # Bulk loads, and memory seen otherwise, have one name in Triton 3.6 and another in 3.9.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -211,7 +211,6 @@ def _attend(call, memory, BUNDLE: gl.constexpr, HORIZON: gl.constexpr, HALF: gl.
     ROWS: gl.constexpr = q_halves.shape[1]
     D: gl.constexpr = q_halves.shape[2]
     BN: gl.constexpr = k_ring.shape[1] * k_ring.shape[3]
-    TYPE: gl.constexpr = q_halves.dtype
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
@@ -285,21 +284,13 @@ def _attend(call, memory, BUNDLE: gl.constexpr, HORIZON: gl.constexpr, HALF: gl.
     else:
         _await(v_full, at)
         acc = warpgroup_mma_wait(0, deps=[_weigh(weights, v_ring, at, acc, OUTPUT)])
-    empty = total == 0.0
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     seen = gl.sum((exists & (total > 0.0)).to(gl.float32), 0)
     sums.index(2 * HALF).store(gl.full([1], gl.sum(left, 0), gl.float32, ONE))
     sums.index(2 * HALF + 1).store(gl.full([1], seen, gl.float32, ONE))
-    whole = gl.where(empty, 1.0, total)
-    lse = gl.where(empty, float("-inf"), (peak + gl.log2(whole)) * LN_2)
-    query = position - (keys - queries)
-    gl.store(lse_ptr + (batch.to(gl.int64) * heads + head) * queries + query, lse, mask=exists)
-    acc = acc / gl.expand_dims(gl.convert_layout(whole, gl.SliceLayout(1, OUTPUT), assert_trivial=True), 1)
-    query = begin - (keys - queries) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUTPUT))
-    there = (query >= start - (keys - queries)) & (query < end - (keys - queries))
-    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUTPUT)), 0)
-    place = ((batch.to(gl.int64) * queries + query) * heads + head) * D
-    gl.store(out_ptr + gl.expand_dims(place, 1) + column, acc.to(TYPE), mask=gl.expand_dims(there, 1))
+    _store_rows(
+        (acc, peak, total), out_ptr, lse_ptr, batch, head, heads, (start, end), begin, queries, keys, SCORES, OUTPUT
+    )
     return bundles, read
 
 
