@@ -157,12 +157,12 @@ def tail(
     """Launches the tail's kernel, if it takes the call and compiles.
 
     Args:
-        q: the queries.
-        widths: as in `attend_configs`, like the following two.
+        q: as in `attend`, like all that follows.
+        widths: see there.
         tiling: see there.
         padding: see there.
-        programs: tiles times query heads times batch.
-        named: the arguments of the Triton kernel, by name.
+        programs: see there.
+        named: see there.
 
     Returns:
         int8 (B, Hq, count, 2), halves of tiles that are marked for the Triton kernel; None, if it has to do all.

@@ -93,6 +93,15 @@ def _library() -> ctypes.CDLL | None:
     return native.library("cpu_moe", ("-fopenmp",))
 
 
+def _library_for(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library, if its passes over the rows of torch's products take their dtype."""
+    return _library() if dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 @functools.lru_cache(maxsize=256)
 def _formula(spec: ExpertSpec) -> _Formula:
     limit = float("inf") if spec.limit is None else spec.limit
@@ -212,13 +221,13 @@ def hidden(pre: Tensor, spec: ExpertSpec, weights: Tensor | None) -> Tensor | No
         spec: the formula of an expert.
         weights: (rows, 1) float32, or None for ones.
     """
-    if pre.dtype not in (torch.float32, torch.bfloat16) or (library := _library()) is None:
+    if (library := _library_for(pre.dtype)) is None:
         return None
     result = pre.new_empty(pre.shape[0], pre.shape[1] // spec.halves)
     weights = None if weights is None else weights.contiguous()
     rows = _Hidden(
         pre=pre.data_ptr(),
-        weights=None if weights is None else weights.data_ptr(),
+        weights=_address(weights),
         hidden=result.data_ptr(),
         rows=pre.shape[0],
         inner=result.shape[1],
@@ -245,7 +254,7 @@ def hidden_backward(
         The gradient of pre, the hidden rows times weights, both in pre's dtype, and the gradient (rows) of the weights
         in float32.
     """
-    if pre.dtype not in (torch.float32, torch.bfloat16) or (library := _library()) is None:
+    if (library := _library_for(pre.dtype)) is None:
         return None
     grad_pre, rows = torch.empty_like(pre), torch.empty_like(grad)
     grad_weights = pre.new_empty(pre.shape[0], dtype=torch.float32)
@@ -253,7 +262,7 @@ def hidden_backward(
     call = _HiddenGradients(
         pre=pre.data_ptr(),
         grad=grad.data_ptr(),
-        weights=None if weights is None else weights.data_ptr(),
+        weights=_address(weights),
         grad_pre=grad_pre.data_ptr(),
         hidden=rows.data_ptr(),
         grad_weights=grad_weights.data_ptr(),
@@ -278,14 +287,14 @@ def weighted_sum(y: Tensor, place: Tensor, weights: Tensor | None) -> Tensor | N
     Returns:
         (T, l) in y's dtype.
     """
-    if y.dtype not in (torch.float32, torch.bfloat16) or (library := _library()) is None:
+    if (library := _library_for(y.dtype)) is None:
         return None
     output = y.new_empty(place.shape[0], y.shape[1])
     weights = None if weights is None else weights.contiguous()
     sums = _Sums(
         y=y.data_ptr(),
         place=place.data_ptr(),
-        weights=None if weights is None else weights.data_ptr(),
+        weights=_address(weights),
         output=output.data_ptr(),
         tokens=place.shape[0],
         choices=place.shape[1],

@@ -70,3 +70,17 @@ def test_route(fields: dict[str, Any], route: str) -> None:
 def test_a_disabled_kernel_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert cuda.choose_route(facts()) == "triton"
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 512])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_few_keys_of_narrow_heads_are_not_shared_by_eight_warps(block: int, width: int) -> None:
+    """Triton 3.6 compiles that into reads beyond the shared memory where 64 keys have 64 float8 channels."""
+    pytest.importorskip("triton")
+    from s2o_inductor.kernels import triton_sparse_order as order
+
+    for run in (1, 8, 16):
+        found = order._for_block(run, block, order.scores_configs(torch.bfloat16, width, 32))
+        assert found and all(run <= config.keys <= block and block % config.keys == 0 for config in found)
+        if width <= 128:
+            assert all(config.warps <= 4 for config in found if config.keys <= 64)
